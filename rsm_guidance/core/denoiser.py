@@ -1,0 +1,61 @@
+"""The contract between samplers and models: a denoiser over the levels of a schedule, and judges of its states."""
+
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from rsm_guidance.core.schedule import NoiseSchedule, Prediction
+
+
+@runtime_checkable
+class Denoiser(Protocol):
+    """A diffusion or flow model, conditioned on one prompt per row.
+
+    `rows` [R] names, for each latent of a batch, the row (image asked for, 0..len(prompts)-1) it belongs to; None means
+    one latent for each row, in order.
+    """
+
+    prompts: list[str]
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The levels of this run."""
+        ...
+
+    @property
+    def evaluations_per_row(self) -> float:
+        """Denoiser evaluations that one `predict` costs per latent (2 with classifier-free guidance)."""
+        ...
+
+    def initial(self) -> Tensor:
+        """The latents [B, ...] at level 0 with which an unguided run starts."""
+        ...
+
+    def predict(self, x: Tensor, level: int, rows: Tensor | None = None) -> Prediction:
+        """Denoise x [R, ...] at a level in 0..N-1.  Keeps the caller's gradient mode."""
+        ...
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """Clean latents [R, ...] to images [R, 3, H, W] in [0, 1], differentiable."""
+        ...
+
+
+class Value(Protocol):
+    """V(x_t, t, prompt): the promise of noisy latents, comparable within one level and prompt."""
+
+    @property
+    def evaluations_per_row(self) -> float:
+        """Cost of judging one latent, as a share of one denoiser evaluation."""
+        ...
+
+    def __call__(self, x: Tensor, level: int, rows: Tensor, prediction: Prediction | None = None) -> Tensor:
+        """Scores [R], higher is better, for latents x [R, ...] at a level in 0..N (N is clean)."""
+        ...
+
+
+class Reward(Protocol):
+    """r(image, prompt): the quality of finished images."""
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """Scores [B], higher is better, for images [B, 3, H, W] in [0, 1]."""
+        ...

@@ -1,0 +1,137 @@
+"""One-step transitions from level i to a cleaner level j, as Gaussians; pure functions of a `Prediction`.
+
+With (alpha, sigma) at level i and (alpha', sigma') at level j:
+
+- `ode`: the deterministic probability-flow step alpha' x0 + sigma' eps (for flow models x + (sigma' - sigma) v).
+- `ddim`: alpha' x0 + sqrt(sigma'^2 - s^2) eps + s z with s = eta times the posterior standard deviation of the forward
+  process (Song et al. 2021, arXiv 2010.02502, eq. 12 and 16; written for any alpha, sigma).  eta = 1 is ancestral sampling.
+- `cps`: the same with s = sigma' sin(eta pi / 2), coefficients-preserving sampling (arXiv 2509.05952).
+- `flow_sde`: the Euler-Maruyama step of the flow SDE with diffusion a sqrt(sigma / (1 - sigma)) (Flow-GRPO,
+  arXiv 2505.05470).  At sigma = 1 its denominator uses the next sigma, as published.
+
+`ode`, `ddim` and `cps` keep the marginals of the forward process for the true x0 and eps.  With a denoiser's posterior
+means `ode`, `ddim` and `flow_sde` converge to them as steps grow; `cps`, whose noise does not shrink with the step, keeps
+a bias (variance error 0.05 of 0.3 at eta = 0.5 with 512 steps of an exact denoiser).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rsm_guidance.core.schedule import NoiseSchedule, Prediction
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """N(mean, std^2 I) over latents: mean [B, ...], one `std` >= 0 for all."""
+
+    mean: Tensor
+    std: float
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """mean + std * noise; `noise` is standard normal and broadcasts to the mean.  With std = 0 exactly the mean."""
+        if self.std == 0:
+            shape = torch.broadcast_shapes(self.mean.shape, noise.shape)  # type: ignore[no-untyped-call]
+            return self.mean.expand(shape)
+        return self.mean + self.std * noise.to(self.mean)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log-density of x [B, ...], summed over all dimensions but the first; [B].
+
+        Raises:
+            ValueError: for a deterministic transition, which has no density.
+        """
+        if self.std == 0:
+            raise ValueError("a deterministic transition has no density; use a stochastic one (ddim, cps, flow_sde)")
+        z = (x - self.mean) / self.std
+        return (-0.5 * z.square() - math.log(self.std) - 0.5 * math.log(2 * math.pi)).flatten(1).sum(1)
+
+
+def _cast(mean: Tensor, like: Tensor, std: float) -> Gaussian:
+    return Gaussian(mean.to(like.dtype), std)
+
+
+def ode(prediction: Prediction, schedule: NoiseSchedule, level: int, target: int) -> Gaussian:
+    """The deterministic step; for flow predictions bitwise the Euler step of diffusers' flow-matching scheduler."""
+    p = prediction
+    _, sigma = schedule.coefficients(level)
+    alpha_next, sigma_next = schedule.coefficients(target)
+    if p.velocity is not None and schedule.is_flow:
+        # a tensor, as in diffusers: a Python number times half-precision velocities rounds differently
+        step = torch.tensor(sigma_next - sigma, dtype=torch.float32, device=p.x.device)
+        return _cast(p.x.float() + step * p.velocity, p.x, 0.0)
+    return _cast(alpha_next * p.x0.float() + sigma_next * p.eps.float(), p.x, 0.0)
+
+
+def _interpolate(p: Prediction, alpha_next: float, sigma_next: float, std: float) -> Gaussian:
+    kept = math.sqrt(max(sigma_next**2 - std**2, 0.0))
+    return _cast(alpha_next * p.x0.float() + kept * p.eps.float(), p.x, std)
+
+
+def ddim(prediction: Prediction, schedule: NoiseSchedule, level: int, target: int, eta: float) -> Gaussian:
+    """DDIM with `eta` in [0, 1] times the posterior standard deviation; eta = 0 is the deterministic step."""
+    alpha, sigma = schedule.coefficients(level)
+    alpha_next, sigma_next = schedule.coefficients(target)
+    posterior = sigma_next**2 * max(1 - (alpha * sigma_next / (alpha_next * sigma)) ** 2, 0.0)
+    return _interpolate(prediction, alpha_next, sigma_next, eta * math.sqrt(posterior))
+
+
+def cps(prediction: Prediction, schedule: NoiseSchedule, level: int, target: int, eta: float) -> Gaussian:
+    """Coefficients-preserving sampling: a share sin(eta pi / 2) of the next level's noise is fresh; eta in [0, 1]."""
+    alpha_next, sigma_next = schedule.coefficients(target)
+    return _interpolate(prediction, alpha_next, sigma_next, sigma_next * math.sin(eta * math.pi / 2))
+
+
+def flow_sde(prediction: Prediction, schedule: NoiseSchedule, level: int, target: int, a: float) -> Gaussian:
+    """Flow-GRPO's SDE step with noise level `a` >= 0; flow schedules only."""
+    if not schedule.is_flow:
+        raise ValueError("flow_sde needs a flow schedule (alpha = 1 - sigma); use ddim or cps for this model")
+    p = prediction
+    _, t = schedule.coefficients(level)
+    _, t_next = schedule.coefficients(target)
+    dt = t - t_next
+    diffusion = a * math.sqrt(t / (1 - (t_next if t >= 1 else t)))
+    velocity = (p.velocity if p.velocity is not None else p.eps - p.x0).float()
+    drift = velocity + diffusion**2 / (2 * t) * (p.x.float() + (1 - t) * velocity)
+    std = diffusion * math.sqrt(dt) if t_next > 0 else 0.0  # the last step adds no noise
+    if t_next == 0:
+        drift = velocity
+    return _cast(p.x.float() - dt * drift, p.x, std)
+
+
+TransitionKind = Literal["ode", "ddim", "cps", "flow_sde"]
+
+
+@dataclass(frozen=True)
+class Transition:
+    """A transition and its noise level, as a sampler is configured with it.
+
+    Attributes:
+        kind: "ode", "ddim", "cps" or "flow_sde".
+        noise: eta in [0, 1] for ddim and cps, a >= 0 for flow_sde; ignored by ode.
+    """
+
+    kind: TransitionKind = "ode"
+    noise: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("ode", "ddim", "cps", "flow_sde"):
+            raise ValueError(f"unknown transition {self.kind!r}; choose ode, ddim, cps or flow_sde")
+        top = 1.0 if self.kind in ("ddim", "cps") else math.inf
+        if not 0 <= self.noise <= top:
+            raise ValueError(f"{self.kind} takes a noise level in [0, {top}]; got {self.noise}")
+
+    def __call__(self, prediction: Prediction, schedule: NoiseSchedule, level: int, target: int) -> Gaussian:
+        """N(mean, std^2) over the latents at `target`, which must be cleaner than `level`."""
+        if target <= level:
+            raise ValueError(f"a transition goes to a cleaner level; got {level} -> {target}")
+        if self.kind == "ode":
+            return ode(prediction, schedule, level, target)
+        if self.kind == "ddim":
+            return ddim(prediction, schedule, level, target, self.noise)
+        if self.kind == "cps":
+            return cps(prediction, schedule, level, target, self.noise)
+        return flow_sde(prediction, schedule, level, target, self.noise)

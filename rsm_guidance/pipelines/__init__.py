@@ -1,0 +1,27 @@
+"""Reward-guided diffusers pipeline classes, and where the shims for `custom_pipeline=` lie."""
+
+from pathlib import Path
+
+from diffusers import StableDiffusion3Pipeline
+
+from rsm_guidance.pipelines.guided import GuidedPipelineOutput, reward_guided
+
+RewardGuidedStableDiffusion3Pipeline = reward_guided(StableDiffusion3Pipeline)
+
+_SHIMS = (Path(__file__).parent / "shims", Path(__file__).parents[2] / "pipelines")  # in a wheel; in a checkout
+
+
+def custom_pipeline(family: str) -> str:
+    """Path of a family's shim, for `DiffusionPipeline.from_pretrained(..., custom_pipeline=..., trust_remote_code=True)`.
+
+    Raises:
+        ValueError: for a family without a shim, naming those there are.
+    """
+    for folder in _SHIMS:
+        if (folder / family / "pipeline.py").is_file():
+            return str(folder / family)
+    known = sorted({p.parent.name for folder in _SHIMS for p in folder.glob("*/pipeline.py")})
+    raise ValueError(f"there is no custom pipeline {family!r}; choose one of {', '.join(known)}")
+
+
+__all__ = ["GuidedPipelineOutput", "RewardGuidedStableDiffusion3Pipeline", "custom_pipeline", "reward_guided"]

@@ -1,0 +1,209 @@
+"""`reward_guided(Base)`: a diffusers pipeline class that can sample under guidance and is otherwise stock."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+
+from rsm_guidance.core.ledger import Budget, Ledger
+from rsm_guidance.core.random import RandomStreams
+from rsm_guidance.engine import PipelineDenoiser
+from rsm_guidance.engine.denoiser import prompts_of
+from rsm_guidance.samplers import Interrupted, Problem, Progress, Sampler, SamplerOutput, make_sampler
+from rsm_guidance.values import DiffusionRewardModel, DRMValue, Judge, TweedieValue, load_judge
+
+
+@dataclass
+class GuidedPipelineOutput(BaseOutput):
+    """Output of a guided call.
+
+    Attributes:
+        images: the images, in the output type asked for.
+        rewards: float per image by the final judge, or None without one.
+        ledger: what the call spent.
+        trace: JSON-serialisable record of every candidate, score and choice.
+    """
+
+    images: Any
+    rewards: list[float] | None
+    ledger: Ledger
+    trace: dict[str, Any]
+
+
+_OURS = (
+    inspect.Parameter("sampler", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Sampler | str | None),
+    inspect.Parameter("reward", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Judge | str | None),
+    inspect.Parameter("value", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Judge | str | None),
+    inspect.Parameter("budget", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Budget | float | None),
+    inspect.Parameter("seed", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=int | None),
+    inspect.Parameter(
+        "on_step", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Callable[[Progress], None] | None
+    ),
+)
+_ARGUMENTS = """
+
+        Reward guidance (rsm-guidance):
+            sampler (`Sampler` or `str`, *optional*): how to sample; None is the stock pipeline, unchanged.
+            reward (function, `DiffusionRewardModel` or `str`, *optional*): what to maximise. A diffusion reward model
+                also scores the noisy latents.
+            value (`DiffusionRewardModel`, function or `str`, *optional*): judge of noisy latents, where it is not the
+                reward. A function is applied to the decoded estimate of the clean image.
+            budget (`Budget` or `float`, *optional*): hard cap; a number caps denoiser evaluations per image.
+            seed (`int`, *optional*): names all random numbers; the same seed gives the same image for a prompt,
+                whatever the batch. Instead of `generator`.
+            on_step (`Callable`, *optional*): receives a `Progress` after every level.
+"""
+
+
+@functools.cache
+def reward_guided(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
+    """The reward-guided subclass of a pipeline class.
+
+    It keeps the stock signature and adds the keyword arguments sampler, reward, value, budget, seed and on_step.
+    """
+    stock_call = base.__call__
+    signature = inspect.signature(stock_call)
+    parameters = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    names = [p.name for p in parameters]
+
+    @functools.wraps(stock_call)
+    def __call__(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
+        ours = {p.name: kwargs.pop(p.name, p.default) for p in _OURS}
+        if len(args) >= len(names):
+            raise TypeError(f"{type(self).__name__} takes at most {len(names) - 1} positional arguments, {len(args)} given")
+        call = dict(zip(names[1:], args, strict=False))
+        repeated = call.keys() & kwargs.keys()
+        if repeated:
+            raise TypeError(f"{type(self).__name__} got several values for {sorted(repeated)[0]!r}")
+        call |= kwargs
+        unknown = sorted(call.keys() - set(names))
+        if unknown:
+            raise TypeError(f"{type(self).__name__} got an unexpected argument {unknown[0]!r}")
+        return _call(self, stock_call, call, **ours)
+
+    __call__.__signature__ = signature.replace(parameters=[*parameters, *_OURS])  # type: ignore[attr-defined]
+    __call__.__doc__ = (stock_call.__doc__ or "").rstrip() + _ARGUMENTS
+
+    def from_pipe(cls: type[DiffusionPipeline], pipeline: DiffusionPipeline, **kwargs: Any) -> DiffusionPipeline:
+        """Share another pipeline's modules, in their own dtype (the stock method casts them to float32)."""
+        if "torch_dtype" not in kwargs:
+            kwargs.setdefault("dtype", pipeline.dtype)
+        shared: DiffusionPipeline = super(guided, cls).from_pipe(pipeline, **kwargs)  # type: ignore[misc]
+        return shared
+
+    guided: type[DiffusionPipeline] = type(
+        f"RewardGuided{base.__name__}",
+        (base,),
+        {
+            "__call__": __call__,
+            "__doc__": f"`{base.__name__}` that samples under reward guidance when given a `sampler`.",
+            "__module__": __name__,
+            "from_pipe": classmethod(from_pipe),
+            "stock_call": stock_call,
+        },
+    )
+    return guided
+
+
+def _call(
+    pipe: DiffusionPipeline,
+    stock_call: Callable[..., Any],
+    call: dict[str, Any],
+    sampler: Sampler | str | None,
+    reward: Judge | str | None,
+    value: Judge | str | None,
+    budget: Budget | float | None,
+    seed: int | None,
+    on_step: Callable[[Progress], None] | None,
+) -> Any:
+    prompts = prompts_of(call)
+    if seed is not None:
+        if call.get("generator") is not None:
+            raise ValueError("pass either seed or generator, not both")
+        streams = RandomStreams.for_prompts(seed, prompts)
+        call["generator"] = [streams.generator(row, "initial", 0) for row in range(len(prompts))]
+    if sampler is None:
+        given = [n for n, v in (("reward", reward), ("value", value), ("budget", budget), ("on_step", on_step)) if v is not None]
+        if given:
+            raise ValueError(f"{given[0]} has no effect without a sampler; pass sampler='none' to score unguided samples")
+        return stock_call(pipe, **call)
+    sampler = make_sampler(sampler) if isinstance(sampler, str) else sampler
+    _check_prompt(call)
+    if seed is None:
+        streams = RandomStreams.for_prompts(_fresh_seed(call.get("generator")), prompts)
+    caps = budget if isinstance(budget, Budget) else Budget(evaluations=budget)
+    ledger = Ledger(caps, images=len(prompts))
+    with torch.no_grad(), closing(PipelineDenoiser(pipe, call, ledger)) as denoiser:
+        problem = Problem(denoiser, streams, ledger)
+        _set_judges(problem, reward, value)
+        output = _sample(pipe, sampler, problem, on_step)
+        images = denoiser.finish(output.latents)
+    if call.get("return_dict") is False:
+        return images
+    rewards = None if output.rewards is None else output.rewards.tolist()
+    return GuidedPipelineOutput(images[0], rewards, output.ledger, output.trace)
+
+
+def _sample(
+    pipe: DiffusionPipeline, sampler: Sampler, problem: Problem, on_step: Callable[[Progress], None] | None
+) -> SamplerOutput:
+    """Run a sampler under the pipeline's progress bar."""
+    with pipe.progress_bar(total=problem.denoiser.schedule.steps) as bar:
+
+        def progress(event: Progress) -> None:
+            if event.level == 1:
+                bar.reset()
+            bar.update()
+            if on_step is not None:
+                on_step(event)
+
+        problem.progress = progress
+        try:
+            return sampler.sample(problem)
+        except Interrupted as interrupt:
+            if problem.ledger.stopped == "interrupted":
+                raise KeyboardInterrupt from interrupt
+            raise ValueError(
+                f"the deadline of {problem.ledger.budget.seconds} s passed before the first denoising step; allow more time"
+            ) from interrupt
+
+
+def _set_judges(problem: Problem, reward: Judge | str | None, value: Judge | str | None) -> None:
+    denoiser, ledger = problem.denoiser, problem.ledger
+    judge = None if reward is None else load_judge(reward)
+    if judge is not None and not isinstance(judge, DiffusionRewardModel):
+        problem.reward = judge
+    scorer = judge if value is None else load_judge(value)
+    if isinstance(scorer, DiffusionRewardModel):
+        problem.value = DRMValue(scorer, denoiser.schedule, denoiser.prompts, ledger)
+    elif scorer is not None:
+        problem.value = TweedieValue(denoiser, scorer, ledger)
+        problem.reward = problem.reward or scorer
+
+
+def _check_prompt(call: dict[str, Any]) -> None:
+    prompt = call.get("prompt")
+    if prompt is None:
+        if call.get("prompt_embeds") is not None:
+            raise ValueError("guided sampling needs the prompt as text, to key its random numbers and to score images")
+        raise ValueError("no prompt was given; pass prompt='...'")
+    for p in [prompt] if isinstance(prompt, str) else prompt:
+        if not isinstance(p, str):
+            raise ValueError(f"a prompt must be text; got {type(p).__name__}")
+        if not p.strip():
+            raise ValueError("the prompt is empty; there is nothing to guide towards")
+
+
+def _fresh_seed(generator: torch.Generator | list[torch.Generator] | None) -> int:
+    """A seed for our streams where the caller gave none: from their generator, else from torch's global one."""
+    if isinstance(generator, list):
+        generator = generator[0]
+    if generator is None:
+        return int(torch.randint(2**62, ()))
+    return generator.initial_seed()

@@ -1,0 +1,213 @@
+"""What every sampler is given and gives back."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from rsm_guidance.core.denoiser import Denoiser, Reward, Value
+from rsm_guidance.core.ledger import Ledger
+from rsm_guidance.core.random import RandomStreams
+from rsm_guidance.core.schedule import Prediction
+from rsm_guidance.core.transitions import Gaussian
+from rsm_guidance.rewards import RewardError, checked_scores, name_of
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Told to the caller after every level: `x0` [B, ...] is the current estimate of the clean latents.
+
+    `scores` [B, K] are those of the level's candidates, or None where nothing was compared.
+    """
+
+    level: int
+    levels: int
+    x0: Tensor
+    scores: Tensor | None = None
+
+
+@dataclass
+class Problem:
+    """One sampling task: B images to make with a denoiser, and what judges them.
+
+    Attributes:
+        denoiser: the model, with one prompt per image.
+        streams: named random numbers, one family per image.
+        ledger: what is spent and may be spent.
+        reward: judge of finished images, or None.
+        value: judge of noisy latents, or None; it judges the finished latents where there is no reward.
+        progress: called after every level.
+    """
+
+    denoiser: Denoiser
+    streams: RandomStreams
+    ledger: Ledger = field(default_factory=Ledger)
+    reward: Reward | None = None
+    value: Value | None = None
+    progress: Callable[[Progress], None] | None = None
+
+    @property
+    def count(self) -> int:
+        """Number of images asked for, B."""
+        return len(self.denoiser.prompts)
+
+    @property
+    def rows(self) -> Tensor:
+        """Row indices 0..B-1."""
+        return torch.arange(self.count)
+
+    @property
+    def final_cost(self) -> float:
+        """Denoiser evaluations for judging one finished image."""
+        return self.value.evaluations_per_row if self.reward is None and self.value is not None else 0.0
+
+    def values(self, x: Tensor, level: int, rows: Tensor) -> Tensor:
+        """Checked scores [R], float64, of latents at a level.
+
+        Raises:
+            RewardError: if the value model fails or returns anything but one finite score per latent.
+        """
+        value = self.value
+        assert value is not None
+        return _judged(lambda: value(x, level, rows), len(x), name_of(value))
+
+    def final_rewards(self, x0: Tensor, rows: Tensor) -> Tensor | None:
+        """Checked scores [R] of finished latents by the reward, else by the value at the clean level; None without."""
+        reward = self.reward
+        if reward is not None:
+            self.ledger.reward_calls += len(x0)
+            prompts = [self.denoiser.prompts[r] for r in rows.tolist()]
+            return _judged(lambda: reward(self.denoiser.decode(x0), prompts), len(x0), name_of(reward))
+        if self.value is not None:
+            return self.values(x0, self.denoiser.schedule.steps, rows)
+        return None
+
+    def require_judge(self, sampler: str) -> None:
+        """Raise a ValueError if there is nothing to compare candidates with."""
+        if self.reward is None and self.value is None:
+            raise ValueError(f"the sampler {sampler!r} compares candidates: pass a reward or a value model")
+
+    def require_budget(self) -> None:
+        """Raise a ValueError if the budget does not reach for one unguided image."""
+        schedule, cost = self.denoiser.schedule, self.denoiser.evaluations_per_row
+        needed = schedule.steps * cost + self.final_cost
+        cap = self.ledger.budget.evaluations
+        if cap is not None and needed > cap + 1e-6:
+            raise ValueError(
+                f"a budget of {cap:g} denoiser evaluations cannot finish one image: {schedule.steps} steps at {cost:g} "
+                f"and the final score take {needed:g}; raise the budget or take fewer steps"
+            )
+
+    def step(self, gaussian: Gaussian, level: int, candidates: list[int], child: int = 0) -> Tensor:
+        """Sample a transition for rows candidate by candidate: the mean is [len(candidates) * B, ...], candidate-major.
+
+        Noise is named (candidate, level, child), so candidate 0 and child 0 are always those of the unguided run.
+        """
+        if gaussian.std == 0:
+            return gaussian.mean
+        shape = gaussian.mean.shape[1:]
+        names = [("step", c, level, child) for c in candidates]
+        noise = torch.stack([self.streams.normal(r, shape, *n) for n in names for r in range(self.count)])
+        return gaussian.sample(noise)
+
+    def initial(self, candidate: int) -> Tensor:
+        """Starting latents [B, ...]; candidate 0 is where the stock pipeline starts."""
+        first = self.denoiser.initial()
+        if candidate == 0:
+            return first
+        _, sigma = self.denoiser.schedule.coefficients(0)
+        noise = [self.streams.normal(r, first.shape[1:], "initial", candidate) for r in range(self.count)]
+        return sigma * torch.stack(noise).to(first)
+
+    def report(self, level: int, prediction: Prediction, scores: Tensor | None = None) -> None:
+        """Tell the caller how far the run is."""
+        if self.progress is not None:
+            b = self.count
+            self.progress(Progress(level + 1, self.denoiser.schedule.steps, prediction.x0[:b].detach(), scores))
+
+
+def _judged(call: Callable[[], object], count: int, name: str) -> Tensor:
+    try:
+        scores = call()
+    except (KeyboardInterrupt, RewardError):
+        raise
+    except Exception as error:
+        raise RewardError(f"{name} failed: {type(error).__name__}: {error}") from error
+    return checked_scores(scores, count, name)
+
+
+@dataclass
+class SamplerOutput:
+    """The result of one sampling run.
+
+    Attributes:
+        latents: clean latents [B, ...].
+        rewards: float64 [B] by the final judge, or None without one.
+        log_weights: float64 [B], log importance weights of the returned samples (0 for greedy samplers).
+        log_normalizer: float64 [B], estimate of log E[exp(r)] per prompt, or None where the sampler gives none.
+        ledger: what was spent.
+        trace: JSON-serialisable record of every candidate, score and choice.
+    """
+
+    latents: Tensor
+    rewards: Tensor | None
+    log_weights: Tensor
+    log_normalizer: Tensor | None
+    ledger: Ledger
+    trace: dict[str, Any]
+
+
+class Sampler(Protocol):
+    """A frozen dataclass that is its own configuration."""
+
+    name: ClassVar[str]
+
+    def sample(self, problem: Problem) -> SamplerOutput:
+        """Solve a problem; see `SamplerOutput`."""
+        ...
+
+
+def new_trace(sampler: Any, problem: Problem) -> dict[str, Any]:
+    """An empty trace: the sampler's settings, the prompts and the noise levels."""
+    return {
+        "sampler": {"name": sampler.name, **asdict(sampler)},
+        "prompts": list(problem.denoiser.prompts),
+        "seed": problem.streams.seed,
+        "sigma": problem.denoiser.schedule.sigma.tolist(),
+        "levels": [],
+    }
+
+
+def finished(problem: Problem, latents: Tensor, rewards: Tensor | None, trace: dict[str, Any]) -> SamplerOutput:
+    """Close the books of a greedy or unguided run."""
+    problem.ledger.finish()
+    trace["rewards"] = None if rewards is None else rewards.tolist()
+    trace["ledger"] = problem.ledger.to_dict()
+    return SamplerOutput(
+        latents, rewards, torch.zeros(problem.count, dtype=torch.float64), None, problem.ledger, trace
+    )
+
+
+class Interrupted(Exception):
+    """A run was asked to end: Ctrl-C or the deadline; the sampler returns the best so far."""
+
+
+@contextmanager
+def interruptible(problem: Problem) -> Iterator[None]:
+    """Turn Ctrl-C into `Interrupted`, noted in the ledger."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        problem.ledger.stop("interrupted")
+        raise Interrupted from interrupt
+
+
+def check_deadline(problem: Problem) -> None:
+    """Raise `Interrupted` once the deadline has passed."""
+    seconds = problem.ledger.budget.seconds
+    if seconds is not None and problem.ledger.seconds >= seconds:
+        problem.ledger.stop("deadline")
+        raise Interrupted

@@ -1,0 +1,82 @@
+"""Best-of-N: N independent samples per prompt, the best by the final judge is returned.
+
+The baseline every other method must beat at equal cost.  Greedy: it maximises, and overshoots the tilted posterior.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from rsm_guidance.core.transitions import Transition
+from rsm_guidance.samplers.base import Interrupted, Problem, SamplerOutput, finished, new_trace
+from rsm_guidance.samplers.rollout import Rollout
+
+
+@dataclass(frozen=True)
+class BestOfN:
+    """N samples, one winner per prompt.
+
+    Attributes:
+        candidates: N >= 1; candidate 0 is the unguided sample of the same seed.
+        transition: how to step.
+        batch_rows: how many latents one denoiser call takes at most.
+    """
+
+    name: ClassVar[str] = "best-of-n"
+    candidates: int = 4
+    transition: Transition = Transition("ode")
+    batch_rows: int = 64
+
+    def __post_init__(self) -> None:
+        if self.candidates < 1 or self.batch_rows < 1:
+            raise ValueError(f"candidates and batch_rows must be at least 1; got {self.candidates}, {self.batch_rows}")
+
+    def sample(self, problem: Problem) -> SamplerOutput:
+        """Cost per image: N times an unguided sample and its final score.  A budget lowers N."""
+        if self.candidates > 1:
+            problem.require_judge(self.name)
+        problem.require_budget()
+        trace = new_trace(self, problem)
+        latents: list[Tensor] = []
+        rewards: list[Tensor] = []
+        for candidates in self._batches(problem):
+            rollout = Rollout(problem, self.transition, candidates)
+            try:
+                x0 = rollout.run()
+                scores = problem.final_rewards(x0, rollout.rows)
+            except Interrupted:
+                if latents:
+                    break
+                if rollout.estimate is None:
+                    raise
+                x0 = rollout.estimate.x0
+                scores = problem.final_rewards(x0, rollout.rows)
+                candidates = candidates[:1] if scores is None else candidates
+            latents += list(x0.split(problem.count))
+            if scores is not None:
+                rewards += list(scores.split(problem.count))
+            if problem.ledger.stopped in ("interrupted", "deadline"):
+                break
+        if not rewards:
+            return finished(problem, latents[0], None, trace)
+        table = torch.stack(rewards)  # [N, B]
+        best = table.argmax(0)
+        trace["candidates"] = {"rewards": table.T.tolist(), "chosen": best.tolist()}
+        chosen = torch.stack(latents)[best, problem.rows]
+        return finished(problem, chosen, table[best, problem.rows], trace)
+
+    def _batches(self, problem: Problem) -> list[list[int]]:
+        """Candidates in batches of at most `batch_rows` latents, as many as the budget reaches for."""
+        count = self.candidates
+        cap = problem.ledger.budget.evaluations
+        if cap is not None:
+            denoiser = problem.denoiser
+            each = denoiser.schedule.steps * denoiser.evaluations_per_row + problem.final_cost
+            if math.floor(cap / each + 1e-9) < count:
+                count = math.floor(cap / each + 1e-9)
+                problem.ledger.stop("budget")
+        size = max(1, self.batch_rows // problem.count)
+        return [list(range(start, min(start + size, count))) for start in range(0, count, size)]

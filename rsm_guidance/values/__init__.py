@@ -1,0 +1,56 @@
+"""Values: judges of noisy latents; `load_judge` finds a reward or a diffusion reward model by name."""
+
+from functools import lru_cache
+from pathlib import Path
+
+from rsm_guidance.rewards import REWARDS, RewardFunction, import_object
+from rsm_guidance.shapes.model import drm_path
+from rsm_guidance.values.drm import DiffusionRewardModel, DRMConfig
+from rsm_guidance.values.estimators import DRMValue, TweedieValue
+
+Judge = RewardFunction | DiffusionRewardModel
+SHAPES_DRM = "shapes-drm"
+
+
+@lru_cache(maxsize=4)
+def _load_drm(name: str) -> DiffusionRewardModel:
+    drm: DiffusionRewardModel = DiffusionRewardModel.from_pretrained(drm_path() if name == SHAPES_DRM else name)
+    return drm
+
+
+def load_judge(spec: object) -> Judge:
+    """A reward function or diffusion reward model.
+
+    Args:
+        spec: a callable or model, returned as it is; a name in `REWARDS`; "shapes-drm"; "package.module:object"; or
+            the folder or hub id of a diffusion reward model.
+
+    Raises:
+        ValueError: if nothing of that name can be found or loaded.
+    """
+    if isinstance(spec, DiffusionRewardModel):
+        return spec
+    if isinstance(spec, str):
+        if spec in REWARDS:
+            return REWARDS[spec]
+        if spec == SHAPES_DRM or Path(spec).is_dir() or (spec.count("/") == 1 and ":" not in spec):
+            try:
+                return _load_drm(spec)
+            except OSError as error:
+                raise ValueError(f"cannot load a diffusion reward model from {spec!r}: {error}") from error
+        if ":" in spec:
+            found = import_object(spec)
+            if callable(found):
+                return found
+            raise ValueError(f"{spec!r} is a {type(found).__name__}, not a function (images, prompts) -> scores")
+        names = ", ".join([SHAPES_DRM, *REWARDS])
+        raise ValueError(
+            f"unknown reward {spec!r}; choose {names}, a folder or hub id of a diffusion reward model, or "
+            "package.module:object"
+        )
+    if callable(spec):
+        return spec
+    raise ValueError(f"a reward is a name, a function (images, prompts) -> scores or a model; got {type(spec).__name__}")
+
+
+__all__ = ["SHAPES_DRM", "DRMConfig", "DRMValue", "DiffusionRewardModel", "Judge", "TweedieValue", "load_judge"]

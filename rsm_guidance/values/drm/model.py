@@ -1,0 +1,265 @@
+"""The diffusion reward model (DRM): a diffusion backbone with a reward head that judges noisy latents.
+
+Paper: arXiv 2605.25661.  The backbone is the denoiser of a pipeline without its last blocks; it sees the noisy latents,
+the timestep and the prompt through the denoiser's own conditioning (conditional branch only).  Scores are comparable
+within one prompt and noise level.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from huggingface_hub import ModelHubMixin, snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rsm_guidance.core.schedule import NoiseSchedule
+from rsm_guidance.engine import encode_images
+from rsm_guidance.shapes.model import model_path
+from rsm_guidance.values.drm.head import RewardHead
+from rsm_guidance.values.drm.trunk import SD3Trunk
+
+Adaptation = Literal["frozen", "lora", "full"]
+SHAPES_BACKBONE = "shapes"
+_LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+_CACHED_PROMPTS = 4096
+_SCORE_BATCH = 256
+
+
+@dataclass(frozen=True)
+class DRMConfig:
+    """What a DRM is made of.
+
+    Attributes:
+        backbone: hub id or folder of the pipeline whose denoiser is the backbone; "shapes" is the embedded model.
+        blocks: number of the denoiser's blocks kept, from the input.
+        adaptation: "frozen" (head only, modules shared with the pipeline), "lora" or "full" (all kept blocks tuned).
+        lora_rank: rank (and alpha) of the LoRA.
+        head_width: width of the reward head.
+    """
+
+    backbone: str = SHAPES_BACKBONE
+    blocks: int = 4
+    adaptation: Adaptation = "full"
+    lora_rank: int = 16
+    head_width: int = 64
+
+    def __post_init__(self) -> None:
+        if self.adaptation not in ("frozen", "lora", "full"):
+            raise ValueError(f"unknown adaptation {self.adaptation!r}; choose frozen, lora or full")
+        if self.lora_rank < 1 or self.head_width < 1:
+            raise ValueError(f"lora_rank and head_width must be positive; got {self.lora_rank} and {self.head_width}")
+
+
+class DiffusionRewardModel(nn.Module, ModelHubMixin, library_name="rsm-guidance", tags=["reward-model", "diffusion"]):
+    """Scores noisy latents under a prompt; see the module's docstring.  Make one with `from_pipeline`."""
+
+    def __init__(self, pipe: DiffusionPipeline, drm_config: DRMConfig) -> None:
+        super().__init__()
+        if not isinstance(pipe, StableDiffusion3Pipeline):
+            raise ValueError(f"a reward model can be built on StableDiffusion3Pipeline; got {type(pipe).__name__}")
+        self.drm_config = drm_config
+        self._pipe = (pipe,)  # in a tuple, so that it is no submodule and no parameter of ours
+        self.trunk = SD3Trunk(pipe.transformer, drm_config.blocks, share=drm_config.adaptation == "frozen")
+        if drm_config.adaptation == "lora":
+            self._add_lora()
+        self.head = RewardHead(self.trunk.dim, drm_config.head_width).to(pipe.transformer.device)
+        self._texts: dict[str, tuple[Tensor, Tensor]] = {}
+        self.eval()
+
+    def _add_lora(self) -> None:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        self.trunk.requires_grad_(False)
+        config = LoraConfig(r=self.drm_config.lora_rank, lora_alpha=self.drm_config.lora_rank, target_modules=_LORA_TARGETS)
+        inject_adapter_in_model(config, self.trunk)
+
+    @classmethod
+    def from_pipeline(
+        cls,
+        pipe: DiffusionPipeline,
+        *,
+        blocks: int | None = None,
+        adaptation: Adaptation = "full",
+        lora_rank: int = 16,
+        head_width: int = 64,
+        backbone: str | None = None,
+    ) -> Self:
+        """An untrained DRM over a pipeline's denoiser.
+
+        Args:
+            pipe: the pipeline; a frozen DRM shares its denoiser's modules, the others copy the kept blocks.
+            blocks: blocks kept from the input; default seven eighths of the depth, the paper's share (21 of 24).
+            adaptation: what is trained and saved besides the head.
+            lora_rank: rank of the LoRA, where there is one.
+            head_width: width of the reward head.
+            backbone: name written into the checkpoint; default the id the pipeline was loaded from.
+        """
+        depth = len(pipe.transformer.transformer_blocks)
+        name = backbone or str(pipe.config.get("_name_or_path") or "")
+        if name == model_path():
+            name = SHAPES_BACKBONE
+        return cls(pipe, DRMConfig(name, blocks or round(depth * 7 / 8), adaptation, lora_rank, head_width))
+
+    # --- scoring ------------------------------------------------------------------------------------------------------
+
+    @property
+    def pipe(self) -> DiffusionPipeline:
+        """The pipeline that supplies text encoders and autoencoder."""
+        return self._pipe[0]
+
+    @property
+    def name(self) -> str:
+        return "the diffusion reward model"
+
+    @property
+    def depth_share(self) -> float:
+        """Cost of scoring one latent, as a share of one denoiser evaluation."""
+        return self.trunk.depth_share
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Prompts [B] to text tokens [B, L, D] and pooled text [B, P]; each prompt is encoded once."""
+        missing = [p for p in dict.fromkeys(prompts) if p not in self._texts]
+        if len(self._texts) + len(missing) > _CACHED_PROMPTS:
+            self._texts.clear()
+            missing = list(dict.fromkeys(prompts))
+        for start in range(0, len(missing), _SCORE_BATCH):
+            chunk = missing[start : start + _SCORE_BATCH]
+            tokens, _, pooled, _ = self.pipe.encode_prompt(
+                prompt=chunk, prompt_2=None, prompt_3=None, do_classifier_free_guidance=False
+            )
+            self._texts |= {p: (tokens[i], pooled[i]) for i, p in enumerate(chunk)}
+        return (
+            torch.stack([self._texts[p][0] for p in prompts]),
+            torch.stack([self._texts[p][1] for p in prompts]),
+        )
+
+    def forward(self, latents: Tensor, timestep: Tensor, tokens: Tensor, pooled: Tensor) -> Tensor:
+        """Scores [B] for noisy latents [B, C, H, W], timesteps [B] (1000 * sigma) and encoded text."""
+        visual = self.trunk(latents, timestep, tokens, pooled)
+        patch = self.trunk.patch_size
+        scores: Tensor = self.head(visual.float(), (latents.shape[2] // patch, latents.shape[3] // patch))
+        return scores
+
+    def score(
+        self, latents: Tensor, level_or_timestep: float | Tensor, prompts: list[str], schedule: NoiseSchedule | None = None
+    ) -> Tensor:
+        """Scores [B] of noisy latents; differentiable with respect to them.
+
+        Args:
+            latents: [B, C, H, W], in the denoiser's scale.
+            level_or_timestep: the model timestep in [0, 1000], one or [B]; with `schedule`, a level 0..N of it.
+            prompts: B prompts.
+            schedule: the levels that `level_or_timestep` counts in.
+        """
+        if latents.ndim != 4 or len(latents) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts need latents [{len(prompts)}, C, H, W]; got {list(latents.shape)}")
+        channels = self.pipe.transformer.config.in_channels
+        if latents.shape[1] != channels:
+            raise ValueError(
+                f"these latents have {latents.shape[1]} channels, this reward model's backbone has {channels}: it "
+                "judges another latent space; use a reward model trained on the generator's family"
+            )
+        if schedule is not None:
+            level_or_timestep = float(schedule.timesteps[int(level_or_timestep)])
+        weight = next(self.head.parameters())
+        timestep = torch.as_tensor(level_or_timestep, dtype=torch.float32, device=weight.device).expand(len(latents))
+        if not bool(((timestep >= 0) & (timestep <= 1000)).all()):
+            raise ValueError(f"timesteps lie in [0, 1000]; got {level_or_timestep}")
+        tokens, pooled = self.encode(prompts)
+        inputs = (latents.to(weight.device, self.trunk_dtype), timestep, tokens, pooled)
+        chunks = zip(*(t.split(_SCORE_BATCH) for t in inputs), strict=True)
+        return torch.cat([self(*chunk) for chunk in chunks])
+
+    @property
+    def trunk_dtype(self) -> torch.dtype:
+        return next(self.trunk.parameters()).dtype
+
+    def score_images(self, images: Tensor, prompts: list[str], timestep: float = 0.0) -> Tensor:
+        """Scores [B] of images [B, 3, H, W] in [0, 1], encoded and judged as clean latents."""
+        return self.score(encode_images(self.pipe, images), timestep, prompts)
+
+    # --- saving and loading -------------------------------------------------------------------------------------------
+
+    def _own_tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: the head, and whatever of the trunk was trained; never the named backbone."""
+        saved = {f"head.{k}": v for k, v in self.head.state_dict().items()}
+        if self.drm_config.adaptation == "full":
+            saved |= {f"trunk.{k}": v for k, v in self.trunk.named_parameters()}
+        elif self.drm_config.adaptation == "lora":
+            saved |= {f"trunk.{k}": v for k, v in self.trunk.named_parameters() if "lora_" in k}
+        return saved
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Write config.json and model.safetensors (half precision); each file appears whole or not at all."""
+        if not self.drm_config.backbone:
+            raise ValueError("this reward model's backbone has no name; pass from_pipeline(..., backbone='org/model')")
+        save_directory.mkdir(parents=True, exist_ok=True)
+        tensors = {k: v.detach().half().cpu().contiguous() for k, v in self._own_tensors().items()}
+        weights, config = save_directory / "model.safetensors", save_directory / "config.json"
+        save_file(tensors, weights.with_suffix(".partial"))
+        config.with_suffix(".partial").write_text(json.dumps(asdict(self.drm_config), indent=2) + "\n")
+        os.replace(weights.with_suffix(".partial"), weights)
+        os.replace(config.with_suffix(".partial"), config)
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        pipe: DiffusionPipeline | None = None,
+        **unknown: Any,
+    ) -> Self:
+        """Load a checkpoint folder or hub repository.
+
+        Args:
+            model_id: folder or hub id.
+            revision, cache_dir, force_download, local_files_only, token: as in huggingface_hub.
+            pipe: an already loaded pipeline of the named backbone, to share its modules; loaded by default.
+
+        Raises:
+            ValueError: if files are missing or damaged, or do not fit the backbone.
+        """
+        folder = Path(model_id)
+        if not folder.is_dir():
+            folder = Path(
+                snapshot_download(
+                    model_id,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    local_files_only=local_files_only,
+                    token=token,
+                    allow_patterns=["config.json", "model.safetensors"],
+                )
+            )
+        try:
+            settings = json.loads((folder / "config.json").read_text())
+            tensors = load_file(folder / "model.safetensors")
+            config = DRMConfig(**settings)
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
+            raise ValueError(f"{folder} is not a diffusion reward model: {error}") from error
+        drm = cls(pipe if pipe is not None else load_backbone(config.backbone), config)
+        own = drm._own_tensors()
+        if own.keys() != tensors.keys() or any(own[k].shape != tensors[k].shape for k in own):
+            raise ValueError(f"the weights in {folder} do not fit a {config.adaptation} reward model on {config.backbone!r}")
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(tensors[name])
+        return drm
+
+
+def load_backbone(name: str) -> DiffusionPipeline:
+    """The pipeline a checkpoint names as its backbone."""
+    return StableDiffusion3Pipeline.from_pretrained(model_path() if name == SHAPES_BACKBONE else name)

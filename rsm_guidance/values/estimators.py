@@ -1,0 +1,59 @@
+"""Value estimators V(x_t, t, prompt) for samplers, each fulfilling `core.denoiser.Value`."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rsm_guidance.core.denoiser import Denoiser, Reward
+from rsm_guidance.core.ledger import Ledger
+from rsm_guidance.core.schedule import NoiseSchedule, Prediction
+from rsm_guidance.values.drm import DiffusionRewardModel
+
+
+@dataclass(frozen=True)
+class DRMValue:
+    """A diffusion reward model at the noise level of the latents; costs its share of the denoiser's depth."""
+
+    drm: DiffusionRewardModel
+    schedule: NoiseSchedule
+    prompts: list[str]
+    ledger: Ledger
+
+    @property
+    def evaluations_per_row(self) -> float:
+        return self.drm.depth_share
+
+    @property
+    def name(self) -> str:
+        return self.drm.name
+
+    def __call__(self, x: Tensor, level: int, rows: Tensor, prediction: Prediction | None = None) -> Tensor:
+        self.ledger.charge_value(len(x), self.drm.depth_share)
+        return self.drm.score(x, level, [self.prompts[r] for r in rows.tolist()], self.schedule)
+
+
+@dataclass(frozen=True)
+class TweedieValue:
+    """The reward of the decoded posterior mean r(decode(x0_hat(x_t))): a denoiser evaluation and a decode per latent.
+
+    Biased at noisy levels, where the posterior mean is a blur.
+    """
+
+    denoiser: Denoiser
+    reward: Reward
+    ledger: Ledger
+
+    @property
+    def evaluations_per_row(self) -> float:
+        return self.denoiser.evaluations_per_row
+
+    @property
+    def name(self) -> str:
+        return "the reward"
+
+    def __call__(self, x: Tensor, level: int, rows: Tensor, prediction: Prediction | None = None) -> Tensor:
+        x0 = x
+        if level < self.denoiser.schedule.steps:
+            x0 = (prediction or self.denoiser.predict(x, level, rows)).x0
+        self.ledger.reward_calls += len(x)
+        return self.reward(self.denoiser.decode(x0), [self.denoiser.prompts[r] for r in rows.tolist()])

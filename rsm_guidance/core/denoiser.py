@@ -1,5 +1,6 @@
 """The contract between samplers and models: a denoiser over the levels of a schedule, and judges of its states."""
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -53,9 +54,5 @@ class Value(Protocol):
         ...
 
 
-class Reward(Protocol):
-    """r(image, prompt): the quality of finished images."""
-
-    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """Scores [B], higher is better, for images [B, 3, H, W] in [0, 1]."""
-        ...
+Reward = Callable[[Tensor, list[str]], Tensor]
+"""r(image, prompt): images [B, 3, H, W] in [0, 1] and B prompts to scores [B], higher is better."""

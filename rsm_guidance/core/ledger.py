@@ -4,8 +4,11 @@ The unit of account is the *denoiser evaluation*: one forward pass of the whole 
 classifier-free-guided step counts two).  A value model that runs a share f of the denoiser costs f.
 """
 
+import resource
 import time
 from dataclasses import asdict, dataclass, field, fields
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,12 @@ class Ledger:
         self.stopped = self.stopped or why
 
     def finish(self) -> None:
-        """Stop the clock."""
+        """Stop the clock and read the peak memory: of the accelerator if one is used, else of the process."""
         self._finished = time.perf_counter()
+        if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+            self.peak_memory_bytes = torch.cuda.max_memory_allocated()
+        else:
+            self.peak_memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def to_dict(self) -> dict[str, float | int | str | None]:
         """Totals over the whole call, JSON-serialisable."""

@@ -168,9 +168,7 @@ class QuadraticReward:
         return self.constant + (self.linear * x - 0.5 * self.curvature * x.square()).sum(-1)
 
 
-def tilt(
-    mixture: GaussianMixture, reward: QuadraticReward, temperature: float = 1.0
-) -> tuple[GaussianMixture, Tensor]:
+def tilt(mixture: GaussianMixture, reward: QuadraticReward, temperature: float = 1.0) -> tuple[GaussianMixture, Tensor]:
     """p*(x) = p(x) exp(r(x) / temperature) / Z.
 
     Returns the tilted mixture and log Z = log E_p[exp(r / temperature)], shaped as its batch ([] for one).

@@ -54,7 +54,9 @@ class NoiseSchedule:
     def coefficients(self, level: int) -> tuple[float, float]:
         """(alpha, sigma) at a level in 0..N."""
         if not 0 <= level <= self.steps:
-            raise ValueError(f"level {level} does not exist; this schedule has levels 0 (noise) to {self.steps} (clean)")
+            raise ValueError(
+                f"level {level} does not exist; this schedule has levels 0 (noise) to {self.steps} (clean)"
+            )
         return float(self.alpha[level]), float(self.sigma[level])
 
     def add_noise(self, x0: Tensor, eps: Tensor, level: int) -> Tensor:

@@ -47,7 +47,7 @@ class PipelineDenoiser:
         self._sample: Tensor | None = None
         self._step: Step | None = None
 
-    # --- Denoiser -----------------------------------------------------------------------------------------------------
+    # --- Denoiser ---
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -86,11 +86,16 @@ class PipelineDenoiser:
         images = [self._zero_step(chunk, "pt") for chunk in x0.split(_DECODE_BATCH)]
         return torch.cat(images).float()
 
-    # --- what pipelines need besides ----------------------------------------------------------------------------------
+    # --- what pipelines need besides ---
 
     def finish(self, x0: Tensor) -> Any:
-        """The stock output for final latents, in the output type the call asked for."""
-        if self._loop is not None and self._loop.alive and self._rows == self._base and self._level == self.schedule.steps - 1:
+        """The stock output for final latents [B, ...], in the output type the call asked for."""
+        if (
+            self._loop is not None
+            and self._loop.alive
+            and self._rows == self._base
+            and self._level == self.schedule.steps - 1
+        ):
             pause = self._loop.resume(x0)
             assert isinstance(pause, Done)
             return pause.output
@@ -102,7 +107,7 @@ class PipelineDenoiser:
             self._loop.close()
             self._loop = None
 
-    # --- driving the loop ---------------------------------------------------------------------------------------------
+    # --- driving the loop ---
 
     def _step_at(self, x: Tensor, level: int, rows: tuple[int, ...]) -> Step:
         going_on = self._loop is not None and self._loop.alive and rows == self._rows

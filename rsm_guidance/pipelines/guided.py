@@ -76,7 +76,9 @@ def reward_guided(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
     def __call__(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
         ours = {p.name: kwargs.pop(p.name, p.default) for p in _OURS}
         if len(args) >= len(names):
-            raise TypeError(f"{type(self).__name__} takes at most {len(names) - 1} positional arguments, {len(args)} given")
+            raise TypeError(
+                f"{type(self).__name__} takes at most {len(names) - 1} positional arguments, {len(args)} given"
+            )
         call = dict(zip(names[1:], args, strict=False))
         repeated = call.keys() & kwargs.keys()
         if repeated:
@@ -129,9 +131,15 @@ def _call(
         streams = RandomStreams.for_prompts(seed, prompts)
         call["generator"] = [streams.generator(row, "initial", 0) for row in range(len(prompts))]
     if sampler is None:
-        given = [n for n, v in (("reward", reward), ("value", value), ("budget", budget), ("on_step", on_step)) if v is not None]
+        given = [
+            n
+            for n, v in (("reward", reward), ("value", value), ("budget", budget), ("on_step", on_step))
+            if v is not None
+        ]
         if given:
-            raise ValueError(f"{given[0]} has no effect without a sampler; pass sampler='none' to score unguided samples")
+            raise ValueError(
+                f"{given[0]} has no effect without a sampler; pass sampler='none' to score unguided samples"
+            )
         return stock_call(pipe, **call)
     sampler = make_sampler(sampler) if isinstance(sampler, str) else sampler
     _check_prompt(call)

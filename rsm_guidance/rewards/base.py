@@ -1,12 +1,9 @@
 """Rewards: plain functions `(images [B, 3, H, W] in [0, 1], prompts) -> scores [B]`, higher is better."""
 
 import importlib
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
-
-RewardFunction = Callable[[Tensor, list[str]], Tensor]
 
 
 class RewardError(ValueError):

@@ -186,9 +186,7 @@ def finished(problem: Problem, latents: Tensor, rewards: Tensor | None, trace: d
     problem.ledger.finish()
     trace["rewards"] = None if rewards is None else rewards.tolist()
     trace["ledger"] = problem.ledger.to_dict()
-    return SamplerOutput(
-        latents, rewards, torch.zeros(problem.count, dtype=torch.float64), None, problem.ledger, trace
-    )
+    return SamplerOutput(latents, rewards, torch.zeros(problem.count, dtype=torch.float64), None, problem.ledger, trace)
 
 
 class Interrupted(Exception):

@@ -55,9 +55,9 @@ class BestOfN:
                 x0 = rollout.estimate.x0
                 scores = problem.final_rewards(x0, rollout.rows)
                 candidates = candidates[:1] if scores is None else candidates
-            latents += list(x0.split(problem.count))
+            latents += list(torch.split(x0, problem.count))
             if scores is not None:
-                rewards += list(scores.split(problem.count))
+                rewards += list(torch.split(scores, problem.count))
             if problem.ledger.stopped in ("interrupted", "deadline"):
                 break
         if not rewards:

@@ -14,11 +14,20 @@ from pathlib import Path
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedModel,
+    T5Config,
+    T5EncoderModel,
+)
 
 from rsm_guidance.shapes.scenes import vocabulary
 
 TOKENS = 16
+STEPS = 20  # what the packaged model was tuned and measured with
+GUIDANCE_SCALE = 3.0
 _WIDTHS = (128, 32)  # of the two text encoders; their sum is the joint attention width
 _PACKAGED = Path(__file__).parent / "weights"
 

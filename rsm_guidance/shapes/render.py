@@ -29,7 +29,10 @@ class Placed:
 def outline(shape: str, x: float, y: float, radius: float) -> list[tuple[float, float]]:
     """The polygon of an object (a circle has 48 corners); all shapes fill about the same bounding box."""
     if shape == "circle":
-        return [(x + radius * math.cos(a), y + radius * math.sin(a)) for a in np.linspace(0, 2 * math.pi, 48, endpoint=False)]
+        return [
+            (x + radius * math.cos(a), y + radius * math.sin(a))
+            for a in np.linspace(0, 2 * math.pi, 48, endpoint=False)
+        ]
     if shape == "square":
         s = radius * 0.9
         return [(x - s, y - s), (x + s, y - s), (x + s, y + s), (x - s, y + s)]

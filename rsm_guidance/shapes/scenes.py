@@ -108,7 +108,7 @@ def is_held_out(caption: Caption) -> bool:
     return _percent(f"composition|{spec.groups}|{spec.relation}") < HELD_OUT_PERCENT
 
 
-# --- captions ---------------------------------------------------------------------------------------------------------
+# --- captions ---
 
 
 def _noun_phrases(group: Group) -> list[str]:
@@ -155,7 +155,9 @@ def parse_caption(text: str) -> Caption:
         body = body.removeprefix(prefix.strip() + " ")
     parts = _JOINT.split(body)
     if len(parts) not in (1, 3):
-        raise ValueError(f"cannot verify the caption {text!r}: at most two kinds of objects and one relation can be read")
+        raise ValueError(
+            f"cannot verify the caption {text!r}: at most two kinds of objects and one relation can be read"
+        )
     groups = tuple(_parse_group(part, text) for part in parts[::2])
     spec = SceneSpec(groups, _RELATION_WORDS.get(parts[1]) if len(parts) == 3 else None)
     if spec.relation and any(g.count > 1 for g in groups):
@@ -175,7 +177,7 @@ def _parse_group(phrase: str, text: str) -> Group:
     return Group(count, words[1] if len(words) == 3 else None, shape)
 
 
-# --- drawing specifications -------------------------------------------------------------------------------------------
+# --- drawing specifications ---
 
 
 def _other(rng: random.Random, options: tuple[str, ...] | list[str], taken: str | None) -> str:
@@ -221,7 +223,9 @@ def random_caption(category: str, rng: random.Random, held_out: bool = False) ->
             return caption
 
 
-def caption_set(size: int, seed: int = 0, held_out: bool = True, categories: tuple[str, ...] = CATEGORIES) -> list[Caption]:
+def caption_set(
+    size: int, seed: int = 0, held_out: bool = True, categories: tuple[str, ...] = CATEGORIES
+) -> list[Caption]:
     """`size` *unique* captions, balanced over the categories as far as their vocabulary reaches, in a fixed order.
 
     A single object has few wordings; what it cannot fill goes to the other categories.

@@ -1,8 +1,8 @@
 """The verifier of the shapes world: parses an image into objects and checks a caption's demand against them.
 
-Pixels go to the nearest palette colour (or background) by direction from the background, connected components of one colour become objects, and each
-is named by the template it overlaps best (intersection over union).  Sloppy outlines are tolerated; colour, count and
-relation are strict.
+A pixel belongs to the palette colour in whose direction from the background it lies; connected components of one
+colour become objects, and each is named by the template it overlaps best (intersection over union).  Sloppy outlines
+are tolerated; colour, count and relation are strict.
 """
 
 from collections.abc import Sequence
@@ -95,7 +95,16 @@ def see(image: np.ndarray) -> list[Seen]:
             aspect = mask.shape[0] / mask.shape[1]
             named = iou >= _MIN_IOU and 0.6 < aspect < 1.67
             cy, cx = ndimage.center_of_mass(mask)
-            found.append(Seen(color, shape if named else None, float(cx + box[1].start), float(cy + box[0].start), area, float(iou)))
+            found.append(
+                Seen(
+                    color,
+                    shape if named else None,
+                    float(cx + box[1].start),
+                    float(cy + box[0].start),
+                    area,
+                    float(iou),
+                )
+            )
     return found
 
 

@@ -72,7 +72,9 @@ def branch_level(rng: random.Random, steps: int) -> int:
 
 
 @torch.no_grad()
-def sample_groups(pipe: DiffusionPipeline, captions: list[Caption], config: GroupConfig, level: int, seed: int) -> Groups:
+def sample_groups(
+    pipe: DiffusionPipeline, captions: list[Caption], config: GroupConfig, level: int, seed: int
+) -> Groups:
     """Branch one trajectory per caption into siblings at `level` and complete them."""
     prompts = [c.text for c in captions]
     k, b = config.siblings, len(prompts)
@@ -134,7 +136,7 @@ def join(parts: list[Groups]) -> Groups:
     )
 
 
-# --- rendered near misses ---------------------------------------------------------------------------------------------
+# --- rendered near misses ---
 
 
 def near_miss(spec: SceneSpec, rng: random.Random) -> SceneSpec:
@@ -147,7 +149,10 @@ def near_miss(spec: SceneSpec, rng: random.Random) -> SceneSpec:
         return SceneSpec((groups[1], groups[0]), spec.relation)
     if change == "swap" and len(groups) == 2 and groups[0].color and groups[1].color:
         return SceneSpec(
-            (Group(groups[0].count, groups[1].color, groups[0].shape), Group(groups[1].count, groups[0].color, groups[1].shape)),
+            (
+                Group(groups[0].count, groups[1].color, groups[0].shape),
+                Group(groups[1].count, groups[0].color, groups[1].shape),
+            ),
             spec.relation,
         )
     if change == "color" and g.color:

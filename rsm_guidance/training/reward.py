@@ -107,7 +107,9 @@ def batch_loss(
         1,
     )
     n = latents.shape[1]
-    sigma = torch.cat([level[:, None].expand(g, k), groups.sigma[rows, None].expand(g, k), render_level[:, None].expand(g, 2)], 1)
+    sigma = torch.cat(
+        [level[:, None].expand(g, k), groups.sigma[rows, None].expand(g, k), render_level[:, None].expand(g, 2)], 1
+    )
     tokens, pooled = drm.encode([groups.prompts[r] for r in rows.tolist()])
     scores = drm(
         latents.flatten(0, 1), 1000 * sigma.flatten(), tokens.repeat_interleave(n, 0), pooled.repeat_interleave(n, 0)

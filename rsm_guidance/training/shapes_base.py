@@ -5,7 +5,9 @@ it, tokens of a middle block predict the object they belong to (colour, shape, o
 head is thrown away.  This auxiliary objective is ours.
 """
 
+import os
 import random
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +20,18 @@ from tqdm.auto import tqdm
 
 from rsm_guidance.shapes import model as parts
 from rsm_guidance.shapes.render import IMAGE_SIZE, Placed, place, render
-from rsm_guidance.shapes.scenes import CATEGORIES, COLORS, SHAPES, Caption, SceneSpec, is_held_out, random_caption, wordings
+from rsm_guidance.shapes.scenes import (
+    CATEGORIES,
+    COLORS,
+    SHAPES,
+    Caption,
+    SceneSpec,
+    is_held_out,
+    random_caption,
+    wordings,
+)
 from rsm_guidance.training.checkpoint import Ema, load_state, save_state, warmup_cosine
+from rsm_guidance.training.shapes_vae import VAEConfig, train_vae
 
 _WEIGHTS = (0.06, 0.08, 0.18, 0.26, 0.24, 0.18)  # of CATEGORIES: the hard ones more often
 _GRID = 8
@@ -34,7 +46,7 @@ class BaseConfig:
     a quarter of the batch, trained with the 256 zero tokens that stock SD3 puts for a missing third text encoder.
     """
 
-    steps: int = 5600
+    steps: int = 4300
     batch_size: int = 64
     scenes: int = 48_000
     lr: float = 2e-3
@@ -170,6 +182,26 @@ def train_base(config: BaseConfig, vae: AutoencoderKL, folder: Path) -> StableDi
             save_state(folder / "base_state", step + 1, {"trainee": trainee, "ema": ema.shadow}, optimizer, {})
     ema.swap()
     return assemble(trainee, vae)
+
+
+def train_shapes_model(vae_config: VAEConfig, config: BaseConfig, out: Path) -> str:
+    """Train (or resume) autoencoder and denoiser under `out`; returns the folder of the finished pipeline (half)."""
+    finished = out / "vae"
+    vae = AutoencoderKL.from_pretrained(finished) if finished.exists() else train_vae(vae_config, out)
+    if not finished.exists():
+        vae.save_pretrained(finished)
+    pipe = train_base(config, vae, out)
+    return save_half(pipe, out / "model")
+
+
+def save_half(pipe: StableDiffusion3Pipeline, folder: Path) -> str:
+    """Write a pipeline in half precision, in stock layout; the folder appears whole or not at all."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    pipe.to(dtype=torch.float16).save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+    return str(folder)
 
 
 def _wording(spec: SceneSpec, rng: random.Random, drop: float) -> str:

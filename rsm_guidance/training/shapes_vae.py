@@ -86,5 +86,7 @@ def train_vae(config: VAEConfig, folder: Path) -> AutoencoderKL:
         rng = random.Random("vae|statistics")
         images = render_batch([random_caption(rng.choice(CATEGORIES), rng) for _ in range(512)], rng)
         latents = torch.cat([vae.encode(b).latent_dist.mean for b in images.split(64)])
-    vae.register_to_config(shift_factor=round(latents.mean().item(), 4), scaling_factor=round(1 / latents.std().item(), 4))
+    vae.register_to_config(
+        shift_factor=round(latents.mean().item(), 4), scaling_factor=round(1 / latents.std().item(), 4)
+    )
     return vae.eval()

@@ -3,12 +3,13 @@
 from functools import lru_cache
 from pathlib import Path
 
-from rsm_guidance.rewards import REWARDS, RewardFunction, import_object
+from rsm_guidance.core.denoiser import Reward
+from rsm_guidance.rewards import REWARDS, import_object
 from rsm_guidance.shapes.model import drm_path
 from rsm_guidance.values.drm import DiffusionRewardModel, DRMConfig
 from rsm_guidance.values.estimators import DRMValue, TweedieValue
 
-Judge = RewardFunction | DiffusionRewardModel
+Judge = Reward | DiffusionRewardModel
 SHAPES_DRM = "shapes-drm"
 
 
@@ -50,7 +51,9 @@ def load_judge(spec: object) -> Judge:
         )
     if callable(spec):
         return spec
-    raise ValueError(f"a reward is a name, a function (images, prompts) -> scores or a model; got {type(spec).__name__}")
+    raise ValueError(
+        f"a reward is a name, a function (images, prompts) -> scores or a model; got {type(spec).__name__}"
+    )
 
 
 __all__ = ["SHAPES_DRM", "DRMConfig", "DRMValue", "DiffusionRewardModel", "Judge", "TweedieValue", "load_judge"]

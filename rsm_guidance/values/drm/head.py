@@ -19,7 +19,9 @@ class RewardHead(nn.Module):
     def __init__(self, dim: int, width: int) -> None:
         super().__init__()
         self.token_mlp = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, width), nn.SiLU(), nn.Linear(width, width))
-        self.conv = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1))
+        self.conv = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1)
+        )
         self.score_mlp = nn.Sequential(nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, 1))
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:

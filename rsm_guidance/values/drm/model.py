@@ -76,7 +76,9 @@ class DiffusionRewardModel(nn.Module, ModelHubMixin, library_name="rsm-guidance"
         from peft import LoraConfig, inject_adapter_in_model
 
         self.trunk.requires_grad_(False)
-        config = LoraConfig(r=self.drm_config.lora_rank, lora_alpha=self.drm_config.lora_rank, target_modules=_LORA_TARGETS)
+        config = LoraConfig(
+            r=self.drm_config.lora_rank, lora_alpha=self.drm_config.lora_rank, target_modules=_LORA_TARGETS
+        )
         inject_adapter_in_model(config, self.trunk)
 
     @classmethod
@@ -106,7 +108,7 @@ class DiffusionRewardModel(nn.Module, ModelHubMixin, library_name="rsm-guidance"
             name = SHAPES_BACKBONE
         return cls(pipe, DRMConfig(name, blocks or round(depth * 7 / 8), adaptation, lora_rank, head_width))
 
-    # --- scoring ------------------------------------------------------------------------------------------------------
+    # --- scoring ---
 
     @property
     def pipe(self) -> DiffusionPipeline:
@@ -148,7 +150,11 @@ class DiffusionRewardModel(nn.Module, ModelHubMixin, library_name="rsm-guidance"
         return scores
 
     def score(
-        self, latents: Tensor, level_or_timestep: float | Tensor, prompts: list[str], schedule: NoiseSchedule | None = None
+        self,
+        latents: Tensor,
+        level_or_timestep: float | Tensor,
+        prompts: list[str],
+        schedule: NoiseSchedule | None = None,
     ) -> Tensor:
         """Scores [B] of noisy latents; differentiable with respect to them.
 
@@ -159,7 +165,9 @@ class DiffusionRewardModel(nn.Module, ModelHubMixin, library_name="rsm-guidance"
             schedule: the levels that `level_or_timestep` counts in.
         """
         if latents.ndim != 4 or len(latents) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts need latents [{len(prompts)}, C, H, W]; got {list(latents.shape)}")
+            raise ValueError(
+                f"{len(prompts)} prompts need latents [{len(prompts)}, C, H, W]; got {list(latents.shape)}"
+            )
         channels = self.pipe.transformer.config.in_channels
         if latents.shape[1] != channels:
             raise ValueError(
@@ -178,6 +186,11 @@ class DiffusionRewardModel(nn.Module, ModelHubMixin, library_name="rsm-guidance"
         return torch.cat([self(*chunk) for chunk in chunks])
 
     @property
+    def image_size(self) -> int:
+        """Side of the square images, in pixels, that the backbone was made for."""
+        return int(self.pipe.default_sample_size * self.pipe.vae_scale_factor)
+
+    @property
     def trunk_dtype(self) -> torch.dtype:
         return next(self.trunk.parameters()).dtype
 
@@ -185,7 +198,7 @@ class DiffusionRewardModel(nn.Module, ModelHubMixin, library_name="rsm-guidance"
         """Scores [B] of images [B, 3, H, W] in [0, 1], encoded and judged as clean latents."""
         return self.score(encode_images(self.pipe, images), timestep, prompts)
 
-    # --- saving and loading -------------------------------------------------------------------------------------------
+    # --- saving and loading ---
 
     def _own_tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds: the head, and whatever of the trunk was trained; never the named backbone."""
@@ -253,7 +266,9 @@ class DiffusionRewardModel(nn.Module, ModelHubMixin, library_name="rsm-guidance"
         drm = cls(pipe if pipe is not None else load_backbone(config.backbone), config)
         own = drm._own_tensors()
         if own.keys() != tensors.keys() or any(own[k].shape != tensors[k].shape for k in own):
-            raise ValueError(f"the weights in {folder} do not fit a {config.adaptation} reward model on {config.backbone!r}")
+            raise ValueError(
+                f"the weights in {folder} do not fit a {config.adaptation} reward model on {config.backbone!r}"
+            )
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(tensors[name])

@@ -1,0 +1,261 @@
+"""A page that draws one prompt unguided and guided, side by side, and shows how the candidates were scored.
+
+    python demo/app.py [--port 7860] [--model shapes] [--reward shapes-drm]
+
+The page needs nothing from the network.  Needs the `demo` extra: pip install -c constraints.txt -e ".[demo]"
+"""
+
+import argparse
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from queue import SimpleQueue
+from threading import Event, Lock, Thread
+from typing import Any
+
+import gradio as gr
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+from rsm_guidance import SAMPLERS, GuidedPipelineOutput, Transition, Unguided, load_judge, make_sampler
+from rsm_guidance.evaluation.generate import Generation, load_pipeline
+from rsm_guidance.samplers import Progress, Sampler
+from rsm_guidance.shapes import model_path, parse_caption, verify
+
+EXAMPLES = (
+    "a green triangle left of a red star",
+    "two red circles and a blue square",
+    "a picture of three yellow stars",
+    "a purple cross above a cyan circle",
+    "a blue square and a yellow triangle",
+    "a drawing of a cross",
+)
+HEADERS = ("image", "reward", "verifier", "denoiser evaluations", "seconds")
+PREVIEW_EVERY = 2
+CSS = ".picture img { width: 100%; height: 100%; object-fit: contain; }"
+ABOUT = """# Guided sampling
+One prompt, one seed, drawn twice: with the sampler you choose, and without guidance. *Reward* is the score of the model
+that does the guiding, so guidance tends to raise it; the *verifier* reads the finished picture by rule and takes no part
+in the guiding. It speaks only for the embedded model and for captions like the examples."""
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Where a run stands; `image` is the decoded estimate of the guided image, or None."""
+
+    status: str
+    image: Image.Image | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Two finished runs of the same prompt, seed and transition."""
+
+    guided: GuidedPipelineOutput
+    unguided: GuidedPipelineOutput
+
+
+class Abandoned(Exception):
+    """Nobody waits for this run any more."""
+
+
+def build_sampler(name: str, candidates: int) -> Sampler:
+    """The sampler of that name with its defaults, and with `candidates` where it has any."""
+    options = {"candidates": candidates}
+    sampler = SAMPLERS.get(name)
+    return make_sampler(name, **(options if sampler and "candidates" in {f.name for f in fields(sampler)} else {}))
+
+
+@torch.no_grad()
+def decode(pipe: DiffusionPipeline, latents: torch.Tensor) -> Image.Image | None:
+    """A preview of clean latents [1, C, H, W]; None for pipelines whose latents are packed."""
+    if latents.ndim != 4:
+        return None
+    config = pipe.vae.config
+    latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+    decoded = pipe.vae.decode(latents.to(pipe.vae.dtype), return_dict=False)[0]
+    image: Image.Image = pipe.image_processor.postprocess(decoded)[0]
+    return image
+
+
+def generate(
+    pipe: DiffusionPipeline, call: dict[str, Any], sampler: Sampler, report: Callable[[Preview], None], stop: Event
+) -> Outcome:
+    """Both runs, in the calling thread; a pipeline call may not change threads, so previews are decoded here too."""
+
+    def guided_step(event: Progress) -> None:
+        unguided_step(event)
+        if event.level % PREVIEW_EVERY == 0 or event.level == event.levels:
+            best = "" if event.scores is None else f", best score of this step {event.scores.max():.2f}"
+            report(Preview(f"{sampler.name}: step {event.level} of {event.levels}{best}", decode(pipe, event.x0)))
+
+    def unguided_step(_: Progress) -> None:
+        if stop.is_set():
+            raise Abandoned
+
+    guided = pipe(**call, sampler=sampler, on_step=guided_step)
+    report(Preview("the same seed without guidance"))
+    plain = Unguided(getattr(sampler, "transition", Transition()))
+    return Outcome(guided, pipe(**call, sampler=plain, on_step=unguided_step))
+
+
+def in_thread(work: Callable[[Callable[[Preview], None], Event], Outcome]) -> Iterator[Preview | Outcome]:
+    """Run `work` in its own thread and yield what it reports, then its result; its exceptions are raised here."""
+    events: SimpleQueue[Preview | Outcome | BaseException] = SimpleQueue()
+    stop = Event()
+
+    def run() -> None:
+        try:
+            events.put(work(events.put, stop))
+        except BaseException as error:  # handed over to the reader
+            events.put(error)
+
+    Thread(target=run, daemon=True).start()
+    try:
+        while True:
+            event = events.get()
+            if isinstance(event, BaseException):
+                raise event
+            yield event
+            if isinstance(event, Outcome):
+                return
+    finally:
+        stop.set()
+
+
+def verdict(image: Image.Image, prompt: str) -> str:
+    """What the verifier of the shapes world says; a dash for a prompt it cannot read."""
+    try:
+        parse_caption(prompt)
+    except ValueError:
+        return "–"
+    found = verify(np.asarray(image.convert("RGB")), prompt)
+    return f"{'correct' if found.correct else 'not correct'} ({found.score:.2f})"
+
+
+def table(outcome: Outcome, prompt: str, verifiable: bool) -> list[list[str]]:
+    """One row per image, under HEADERS."""
+    rows = []
+    for name, out in (("unguided", outcome.unguided), ("guided", outcome.guided)):
+        reward = "–" if out.rewards is None else f"{out.rewards[0]:.3f}"
+        checked = verdict(out.images[0], prompt) if verifiable else "–"
+        rows.append([name, reward, checked, f"{out.ledger.evaluations:.1f}", f"{out.ledger.seconds:.2f}"])
+    return rows
+
+
+def score_plot(trace: dict[str, Any]) -> Figure:
+    """Every candidate's score as a dot over the steps, the chosen ones joined by a line."""
+    steps = len(trace["sigma"]) - 1
+    points = [(entry["level"], entry["scores"][0], entry["chosen"][0]) for entry in trace["levels"]]
+    if "candidates" in trace:  # whole images were compared, at the clean end
+        points.append((steps, trace["candidates"]["rewards"][0], trace["candidates"]["chosen"][0]))
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlabel="step", ylabel="score", title="score per step", xlim=(0, steps + 0.5))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+    if not points:
+        axes.text(0.5, 0.5, "this run compared no candidates", transform=axes.transAxes, ha="center", color="gray")
+        return figure
+    levels = [level for level, scores, _ in points for _ in scores]
+    axes.scatter(levels, [s for _, scores, _ in points for s in scores], s=14, color="0.65", label="candidates")
+    chosen = [scores[k] for _, scores, k in points]
+    axes.plot([level for level, _, _ in points], chosen, "o-", ms=5, lw=1.5, color="tab:red", label="chosen")
+    axes.legend(frameon=False)
+    return figure
+
+
+def build_demo(model: str = "shapes", reward: str = "shapes-drm") -> gr.Blocks:
+    """The page for a model and a reward.
+
+    Args:
+        model: hub id or folder of a diffusers pipeline; "shapes" is the embedded one.
+        reward: name, folder or hub id of what scores the candidates, or "package.module:object".
+
+    Raises:
+        ValueError: if either cannot be loaded.
+    """
+    embedded = model == "shapes" or model == model_path()
+    model = model_path() if embedded else model
+    pipe, judge = load_pipeline(model), load_judge(reward)
+    defaults = Generation.for_model(model)
+    stock_steps = inspect.signature(type(pipe).__call__).parameters["num_inference_steps"].default
+    busy = Lock()  # a pipeline serves one call at a time; an abandoned run may still be ending
+
+    def handler(prompt: str, sampler: str, candidates: float, seed: float | None, steps: float) -> Iterator[tuple]:
+        if seed is None:
+            raise gr.Error("the seed is empty; give a whole number", print_exception=False)
+
+        def work(report: Callable[[Preview], None], stop: Event) -> Outcome:
+            call = replace(defaults, steps=int(steps)).call()
+            call |= {"prompt": prompt, "reward": judge, "seed": int(seed)}
+            with busy:
+                return generate(pipe, call, build_sampler(sampler, int(candidates)), report, stop)
+
+        yield None, None, f"{sampler}: starting", None, None
+        try:
+            for event in in_thread(work):
+                if isinstance(event, Preview):
+                    image = gr.skip() if event.image is None else event.image
+                    yield gr.skip(), image, event.status, gr.skip(), gr.skip()
+                else:
+                    rows = table(event, prompt, embedded)
+                    status = f"Done: {sampler}, seed {int(seed)}, {int(steps)} steps."
+                    images = event.unguided.images[0], event.guided.images[0]
+                    yield *images, status, rows, score_plot(event.guided.trace)
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    with gr.Blocks(title="rsm-guidance", analytics_enabled=False) as demo:
+        gr.Markdown(ABOUT)
+        with gr.Row():
+            with gr.Column(scale=2, min_width=300):
+                prompt = gr.Textbox(EXAMPLES[0], label="Prompt", lines=2, max_length=1000)
+                gr.Examples([[text] for text in EXAMPLES], [prompt])
+                sampler = gr.Dropdown(list(SAMPLERS), value="stepwise", label="Sampler")
+                candidates = gr.Slider(1, 16, value=4, step=1, label="K", info="Candidates; the sampler none has one.")
+                seed = gr.Number(0, label="Seed", precision=0)
+                steps = gr.Slider(1, 100, value=defaults.steps or stock_steps, step=1, label="Steps")
+                button = gr.Button("Generate", variant="primary")
+            with gr.Column(scale=5):
+                with gr.Row():
+                    picture = {"format": "png", "height": 320, "interactive": False, "elem_classes": "picture"}
+                    unguided = gr.Image(label="Unguided", **picture)
+                    guided = gr.Image(label="Guided (a preview while it runs; best-of-n previews its first)", **picture)
+                status = gr.Markdown("Press Generate.")
+                results = gr.Dataframe(headers=list(HEADERS), interactive=False, label="Reward and cost")
+                gr.Markdown("A value model's calls count by their share of the denoiser. Seconds include the previews.")
+                plot = gr.Plot(label="Scores compare candidates of one step; different steps are judged apart")
+        button.click(
+            handler,
+            [prompt, sampler, candidates, seed, steps],
+            [unguided, guided, status, results, plot],
+            api_name="generate",
+            concurrency_limit=1,
+        )
+    return demo.queue(max_size=8)
+
+
+def main() -> None:
+    """Serve the page until Ctrl-C."""
+    parser = argparse.ArgumentParser(description="Draw a prompt unguided and guided, side by side, in the browser.")
+    parser.add_argument("--port", type=int, help="port on 127.0.0.1; default: the first free one from 7860")
+    parser.add_argument("--model", default="shapes", help="hub id or folder of a diffusers pipeline")
+    parser.add_argument("--reward", default="shapes-drm", help="name, folder or hub id, or package.module:object")
+    options = parser.parse_args()
+    try:
+        demo = build_demo(options.model, options.reward)
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        demo.launch(server_name="127.0.0.1", server_port=options.port, css=CSS, ssr_mode=False, share=False)
+    except OSError as error:  # the port is taken
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

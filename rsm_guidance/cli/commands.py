@@ -1,0 +1,257 @@
+"""The commands on images: sample, compare, score, evaluate."""
+
+import json
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from tqdm.auto import tqdm
+
+from rsm_guidance.cli.options import ModelOptions, SamplerOptions, budget_of
+from rsm_guidance.engine import PipelineDenoiser
+from rsm_guidance.evaluation.files import (
+    read_image,
+    read_prompts,
+    require_writable,
+    write_image,
+    write_json,
+)
+from rsm_guidance.evaluation.generate import Generation, fit_to_budget, generate, load_pipeline, value_share
+from rsm_guidance.evaluation.pictures import grid
+from rsm_guidance.rewards import checked_scores, name_of, shapes_verifier
+from rsm_guidance.samplers import Progress, Sampler
+from rsm_guidance.shapes.render import IMAGE_SIZE
+from rsm_guidance.values import DiffusionRewardModel, load_judge
+
+
+def _say(data: dict[str, Any]) -> None:
+    print(json.dumps(data), flush=True)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Make one image under guidance.
+
+    rsm-guidance sample "two red circles and a blue square" --out out.png
+
+    rsm-guidance sample "a red star" --sampler best-of-n --candidates 8 --seed 3 --trace trace.json
+
+    rsm-guidance sample "a photo of a cat" --model stabilityai/stable-diffusion-3.5-medium --reward my_package.rewards:aesthetic
+    """
+
+    prompt: tyro.conf.Positional[str]
+    """What to draw."""
+    out: Path = Path("out.png")
+    """Image file to write."""
+    trace: Path | None = None
+    """JSON file for the record of every candidate, score and choice."""
+    sampler: str = "stepwise"
+    """none, best-of-n or stepwise."""
+    seed: int = 0
+    """The same seed gives the same image."""
+    budget: float | None = None
+    """Hard cap on denoiser evaluations."""
+    seconds: float | None = None
+    """Deadline; the best so far is written."""
+    options: tyro.conf.OmitArgPrefixes[SamplerOptions] = field(default_factory=SamplerOptions)
+    of: tyro.conf.OmitArgPrefixes[ModelOptions] = field(default_factory=ModelOptions)
+
+    def run(self) -> None:
+        sampler = self.options.build(self.sampler)
+        require_writable(self.out)
+        if self.trace is not None:
+            require_writable(self.trace)
+        pipe, judge = load_pipeline(self.of.model_id, self.of.dtype), self.of.judge()
+        generation = Generation.for_model(self.of.model_id, self.of.steps, self.of.guidance_scale)
+        with tqdm(desc=sampler.name, unit="step") as bar:
+
+            def on_step(event: Progress) -> None:
+                bar.total = max(bar.total or 0, bar.n + event.levels - event.level + 1)
+                bar.update()
+
+            out = pipe(
+                prompt=self.prompt,
+                sampler=sampler,
+                reward=judge,
+                seed=self.seed,
+                budget=budget_of(self.budget, self.seconds),
+                on_step=on_step,
+                **generation.call(),
+            )
+        write_image(self.out, out.images[0])
+        if self.trace is not None:
+            write_json(self.trace, out.trace)
+        _say({"image": str(self.out), "reward": (out.rewards or [None])[0], **out.ledger.to_dict()})
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Draw one prompt with several samplers at one budget, side by side.
+
+    rsm-guidance compare "a green triangle left of a red star" --samplers none,best-of-n,stepwise --budget 160 --out report/
+    """
+
+    prompt: tyro.conf.Positional[str]
+    """What to draw."""
+    samplers: str = "none,best-of-n,stepwise"
+    """Names, separated by commas."""
+    budget: float = 160.0
+    """Denoiser evaluations per image; best-of-n and stepwise take as many candidates as it pays for."""
+    out: Path = Path("report")
+    """Folder for comparison.png, one image per sampler, and report.json."""
+    images: int = 4
+    """Images per sampler, with seeds SEED, SEED + 1, ..."""
+    seed: int = 0
+    """First seed."""
+    options: tyro.conf.OmitArgPrefixes[SamplerOptions] = field(default_factory=SamplerOptions)
+    of: tyro.conf.OmitArgPrefixes[ModelOptions] = field(default_factory=ModelOptions)
+
+    def run(self) -> None:
+        if self.images < 1:
+            raise ValueError(f"--images must be at least 1; got {self.images}")
+        names = [n.strip() for n in self.samplers.split(",") if n.strip()]
+        if not names:
+            raise ValueError("--samplers names no sampler; give at least one, such as none,stepwise")
+        built = [SamplerOptions().build(n) if n == "none" else self.options.build(n) for n in names]
+        require_writable(self.out / "report.json")
+        pipe, judge = load_pipeline(self.of.model_id, self.of.dtype), self.of.judge()
+        generation = Generation.for_model(self.of.model_id, self.of.steps, self.of.guidance_scale)
+        rows, report = [], []
+        steps, per_level = _cost(pipe, self.prompt, generation)
+        for sampler in tqdm(built, desc="samplers"):
+            fitted = fit_to_budget(sampler, self.budget, steps, per_level, value_share(judge))
+            row = []
+            for i in range(self.images):
+                seed = self.seed + i
+                cap = budget_of(self.budget)
+                [s] = next(generate(pipe, [self.prompt], fitted, judge, generation, seed, 1, cap))
+                write_image(self.out / f"{sampler.name}_{seed}.png", s.image)
+                row.append((s.image, f"{sampler.name}  seed {seed}  reward {s.reward:.2f}"))
+                report.append(
+                    {
+                        "sampler": repr(fitted),
+                        "name": sampler.name,
+                        "seed": seed,
+                        "reward": s.reward,
+                        "evaluations": s.evaluations,
+                        "seconds": s.seconds,
+                        "trace": s.trace,
+                    }
+                )
+            rows.append(row)
+        write_image(self.out / "comparison.png", grid(rows))
+        write_json(self.out / "report.json", {"prompt": self.prompt, "budget": self.budget, "runs": report})
+        for name in dict.fromkeys(names):
+            mine = [r for r in report if r["name"] == name]
+            means = {k: float(np.mean([r[k] for r in mine])) for k in ("reward", "evaluations", "seconds")}
+            _say({"sampler": name, "images": len(mine), **means})
+
+
+def _cost(pipe: Any, prompt: str, generation: Generation) -> tuple[int, float]:
+    """Levels of a run and denoiser evaluations per level, without running one."""
+    with torch.no_grad(), closing(PipelineDenoiser(pipe, {"prompt": prompt, **generation.call()})) as denoiser:
+        return denoiser.schedule.steps, denoiser.evaluations_per_row
+
+
+@dataclass(frozen=True)
+class Score:
+    """Score images under a prompt; one JSON object per image.
+
+    rsm-guidance score out.png --prompt "two red circles and a blue square" --reward shapes-verifier
+    """
+
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    """Image files."""
+    prompt: str
+    """What they should show."""
+    reward: str = "shapes-drm"
+    """A name, the folder or hub id of a diffusion reward model, or package.module:object."""
+
+    def run(self) -> None:
+        if not self.images:
+            raise ValueError("no images were given; name at least one file")
+        if not self.prompt.strip():
+            raise ValueError("the prompt is empty; say what the images should show")
+        judge = load_judge(self.reward)
+        size: tuple[int, int] | None = None
+        if isinstance(judge, DiffusionRewardModel):
+            size = (judge.image_size, judge.image_size)
+        elif judge is shapes_verifier:
+            size = (IMAGE_SIZE, IMAGE_SIZE)
+        for path, image in [(p, read_image(p, size)) for p in self.images]:
+            with torch.no_grad():
+                score = judge.score_images if isinstance(judge, DiffusionRewardModel) else judge
+                raw = score(image, [self.prompt])
+            _say({"image": str(path), "prompt": self.prompt, "score": float(checked_scores(raw, 1, name_of(judge)))})
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Make one image for every prompt of a file and score them.
+
+    rsm-guidance evaluate --pipeline shapes --prompts prompts.txt --reward shapes-verifier --json out.json
+    """
+
+    prompts: Path
+    """UTF-8 text with one prompt per line, or JSON lines with a "prompt" field."""
+    json: Path
+    """Where the result goes."""
+    sampler: str = "none"
+    """none, best-of-n or stepwise."""
+    guide: str | None = None
+    """What guides the sampler; default: the reward."""
+    seed: int = 0
+    """Names all random numbers."""
+    batch_size: int = 16
+    """Prompts per batch; changes no image."""
+    images: Path | None = None
+    """Folder to keep the images in."""
+    options: tyro.conf.OmitArgPrefixes[SamplerOptions] = field(default_factory=SamplerOptions)
+    of: tyro.conf.OmitArgPrefixes[ModelOptions] = field(default_factory=ModelOptions)
+
+    def run(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"--batch-size must be at least 1; got {self.batch_size}")
+        sampler: Sampler = self.options.build(self.sampler)
+        prompts = read_prompts(self.prompts)
+        require_writable(self.json)
+        judge = self.of.judge()
+        guide = judge if self.guide is None else load_judge(self.guide)
+        pipe = load_pipeline(self.of.model_id, self.of.dtype)
+        generation = Generation.for_model(self.of.model_id, self.of.steps, self.of.guidance_scale)
+        samples = []
+        with tqdm(total=len(prompts), desc=sampler.name, unit="image") as bar:
+            for batch in generate(pipe, prompts, sampler, guide, generation, self.seed, self.batch_size):
+                samples += batch
+                bar.update(len(batch))
+        rewards = [s.reward for s in samples]
+        if guide is not judge:
+            stack = [torch.from_numpy(np.array(s.image.convert("RGB"))).permute(2, 0, 1)[None] / 255 for s in samples]
+            with torch.no_grad():
+                score = judge.score_images if isinstance(judge, DiffusionRewardModel) else judge
+                rewards = [
+                    float(checked_scores(score(i, [s.prompt]), 1, name_of(judge)))
+                    for i, s in zip(stack, samples, strict=True)
+                ]
+        values = np.array(rewards, float)
+        report = {
+            "pipeline": self.of.model,
+            "sampler": repr(sampler),
+            "reward": self.of.reward,
+            "seed": self.seed,
+            "mean_reward": float(values.mean()),
+            "standard_error": float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None,
+            "evaluations_per_image": float(np.mean([s.evaluations for s in samples])),
+            "seconds_per_image": float(np.mean([s.seconds for s in samples])),
+            "images": [{"prompt": s.prompt, "reward": r} for s, r in zip(samples, rewards, strict=True)],
+        }
+        if self.images is not None:
+            self.images.mkdir(parents=True, exist_ok=True)
+            for index, s in enumerate(samples):
+                write_image(self.images / f"{index:05d}.png", s.image)
+        write_json(self.json, report)
+        _say({k: v for k, v in report.items() if k != "images"})

@@ -1,0 +1,52 @@
+"""`rsm-guidance`: the command line.  Exit code 2 and one sentence on bad input, 130 on Ctrl-C."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+_PROGRAM = "rsm-guidance"
+_GROUPS = ("train", "benchmark")
+
+
+def _parse(arguments: list[str]) -> Any:
+    import tyro
+
+    from rsm_guidance.cli.commands import Compare, Evaluate, Sample, Score
+
+    if arguments and arguments[0] in _GROUPS:
+        from rsm_guidance.cli.training import BENCHMARK, TRAIN, with_config
+
+        group = arguments[0]
+        commands: dict[str, Any] = TRAIN if group == "train" else BENCHMARK
+        return tyro.extras.subcommand_cli_from_dict(
+            commands, prog=f"{_PROGRAM} {group}", args=[*arguments[1:2], *with_config(arguments[2:])]
+        )
+    commands = {"sample": Sample, "compare": Compare, "score": Score, "evaluate": Evaluate}
+    description = (
+        "Reward guidance for diffusion and flow pipelines. Besides the commands below: `train reward`, `train base` and "
+        "`benchmark samplers`, each with --help."
+    )
+    return tyro.extras.subcommand_cli_from_dict(commands, prog=_PROGRAM, description=description, args=arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; exits with 0, 2 (bad input) or 130 (interrupted)."""
+    try:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        from diffusers.utils import logging as diffusers_logging
+
+        diffusers_logging.disable_progress_bar()
+        _parse(list(sys.argv[1:] if arguments is None else arguments)).run()
+    except (ValueError, OSError) as error:
+        print(f"{_PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{_PROGRAM}: interrupted before there was anything to keep", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Options that several commands share."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from rsm_guidance.core.ledger import Budget
+from rsm_guidance.core.transitions import Transition
+from rsm_guidance.samplers import SAMPLERS, Sampler, make_sampler
+from rsm_guidance.shapes.model import model_path
+from rsm_guidance.values import Judge, load_judge
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What makes the images, and what judges them."""
+
+    model: Annotated[str, tyro.conf.arg(aliases=["--pipeline"])] = "shapes"
+    """Hub id or folder of a diffusers pipeline; "shapes" is the embedded one."""
+    reward: str = "shapes-drm"
+    """A name (shapes-drm, shapes-verifier), the folder or hub id of a diffusion reward model, or package.module:object."""
+    steps: int | None = None
+    """Denoising steps; default: the model's own."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance; default: the model's own."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Precision of the pipeline."""
+
+    @property
+    def model_id(self) -> str:
+        """Where the pipeline lies."""
+        return model_path() if self.model == "shapes" else self.model
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"--steps must be at least 1; got {self.steps}")
+
+    def judge(self) -> Judge:
+        """The loaded reward."""
+        return load_judge(self.reward)
+
+
+@dataclass(frozen=True)
+class SamplerOptions:
+    """How candidates are made; an option that is left out keeps the sampler's default."""
+
+    candidates: int | None = None
+    """Samples (best-of-n) or children per level (stepwise)."""
+    transition: Literal["ode", "ddim", "cps", "flow_sde"] | None = None
+    """How to step; ode is deterministic."""
+    noise: float | None = None
+    """Noise level of the transition: eta in [0, 1] of ddim and cps, a of flow_sde."""
+    window: tuple[float, float] | None = None
+    """stepwise: noise levels LOW HIGH in [0, 1] where children compete."""
+    initial_candidates: int | None = None
+    """stepwise: initial noises that compete."""
+    temperature: float | None = None
+    """stepwise: 0 keeps the best child, above 0 draws one by softmax(score / temperature)."""
+
+    def build(self, name: str) -> Sampler:
+        """The sampler of that name.
+
+        Raises:
+            ValueError: if it does not have an option that was given.
+        """
+        options: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        kind, noise = options.pop("transition"), options.pop("noise")
+        given = {k: v for k, v in options.items() if v is not None}
+        if kind is not None or noise is not None:
+            default = getattr(SAMPLERS.get(name), "transition", Transition())
+            kind = kind or default.kind
+            given["transition"] = Transition(kind, default.noise if noise is None else noise)
+        return make_sampler(name, **given)
+
+
+def budget_of(evaluations: float | None, seconds: float | None = None) -> Budget | None:
+    """A budget from command-line numbers, or None."""
+    return None if evaluations is None and seconds is None else Budget(evaluations=evaluations, seconds=seconds)

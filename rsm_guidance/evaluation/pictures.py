@@ -1,0 +1,40 @@
+"""Grids of images with captions under them."""
+
+from PIL import Image, ImageDraw, ImageFont
+
+
+def grid(rows: list[list[tuple[Image.Image, str]]], cell: int = 192, title: list[str] | None = None) -> Image.Image:
+    """Rows of (image, label) as one picture; `title` labels the columns.
+
+    Args:
+        rows: equally long rows.
+        cell: side of a cell in pixels; small images are enlarged smoothly.
+        title: one heading per column.
+    """
+    font, small = ImageFont.load_default(15), ImageFont.load_default(13)
+    label, head, gap = 22, 26 if title else 0, 10
+    width = len(rows[0]) * (cell + gap) + gap
+    height = head + len(rows) * (cell + label + gap) + gap
+    canvas = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(canvas)
+    for column, text in enumerate(title or []):
+        draw.text((gap + column * (cell + gap) + cell / 2, gap), text, fill="black", font=font, anchor="mt")
+    for r, row in enumerate(rows):
+        for c, (image, text) in enumerate(row):
+            x, y = gap + c * (cell + gap), head + gap + r * (cell + label + gap)
+            canvas.paste(image.convert("RGB").resize((cell, cell), Image.Resampling.BICUBIC), (x, y))
+            draw.rectangle((x, y, x + cell - 1, y + cell - 1), outline="#cccccc")
+            draw.text(
+                (x + cell / 2, y + cell + 4), _shorten(text, draw, small, cell), fill="#444444", font=small, anchor="mt"
+            )
+    return canvas
+
+
+def _shorten(
+    text: str, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
+) -> str:
+    if draw.textlength(text, font=font) <= width:
+        return text
+    while text and draw.textlength(text + "…", font=font) > width:
+        text = text[:-1]
+    return text + "…"

@@ -1,0 +1,175 @@
+"""The command line: real commands, files it writes, and one clear sentence with exit code 2 on bad input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rsm_guidance.cli.main import main
+from rsm_guidance.cli.training import with_config
+
+
+def nan_reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    return torch.full((len(images),), float("nan"))
+
+
+def lines(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+
+
+def fails(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    """Run a command that must fail with code 2 and one line; return that line."""
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(error) == 1
+    return error[0]
+
+
+def test_sample_writes_image_and_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, trace = tmp_path / "new" / "out.png", tmp_path / "trace.json"
+    command = ["sample", "two red circles and a blue square", "--sampler", "stepwise", "--candidates", "2"]
+    main([*command, "--seed", "0", "--steps", "5", "--out", str(out), "--trace", str(trace)])
+    [said] = lines(capsys.readouterr().out)
+    assert said["image"] == str(out) and said["denoiser_evaluations"] == 10 and said["value_evaluations"] == 9
+    record = json.loads(trace.read_text())
+    assert len(record["levels"]) == 4 and record["rewards"] == [said["reward"]]
+    first = np.array(Image.open(out))
+    assert first.shape == (64, 64, 3)
+    main([*command, "--seed", "0", "--steps", "5", "--out", str(out)])
+    assert np.array_equal(first, np.array(Image.open(out)))
+    assert not list(tmp_path.rglob("*.partial*"))
+
+
+def test_score_gives_one_object_per_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from rsm_guidance.shapes.render import Placed, render
+
+    right, wrong = tmp_path / "right.png", tmp_path / "wrong.png"
+    Image.fromarray(render([Placed("red", "star", 32, 32, 12)])).save(right)
+    Image.fromarray(render([Placed("blue", "cross", 32, 32, 12)])).resize((128, 128)).save(wrong)
+    main(["score", str(right), str(wrong), "--prompt", "a red star", "--reward", "shapes-verifier"])
+    said = lines(capsys.readouterr().out)
+    assert [s["score"] for s in said] == [1.0, 0.0]
+    main(["score", str(right), str(wrong), "--prompt", "a red star"])
+    by_drm = lines(capsys.readouterr().out)
+    assert by_drm[0]["score"] > by_drm[1]["score"]
+
+
+def test_compare_writes_a_report_within_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(
+        ["compare", "a green triangle left of a red star", "--samplers", "none,best-of-n,stepwise", "--budget", "40"]
+        + ["--steps", "6", "--images", "2", "--out", str(tmp_path)]
+    )
+    said = lines(capsys.readouterr().out)
+    assert [s["sampler"] for s in said] == ["none", "best-of-n", "stepwise"]
+    assert said[0]["evaluations"] < 14 and all(25 < s["evaluations"] <= 40 for s in said[1:])
+    assert len(json.loads((tmp_path / "report.json").read_text())["runs"]) == 6
+    assert Image.open(tmp_path / "comparison.png").size[0] > 300
+    assert len(list(tmp_path.glob("stepwise_*.png"))) == 2
+
+
+def test_evaluate_is_independent_of_the_batch_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red star\n\na blue circle\ntwo green crosses\n")
+    results = []
+    for size in (1, 3):
+        out = tmp_path / f"{size}.json"
+        main(
+            [
+                "evaluate",
+                "--pipeline",
+                "shapes",
+                "--prompts",
+                str(prompts),
+                "--reward",
+                "shapes-verifier",
+                "--steps",
+                "6",
+            ]
+            + ["--json", str(out), "--batch-size", str(size), "--images", str(tmp_path / str(size))]
+        )
+        results.append(json.loads(out.read_text()))
+    assert [i["prompt"] for i in results[0]["images"]] == ["a red star", "a blue circle", "two green crosses"]
+    assert [i["reward"] for i in results[0]["images"]] == [i["reward"] for i in results[1]["images"]]
+    assert results[0]["mean_reward"] == pytest.approx(np.mean([i["reward"] for i in results[0]["images"]]))
+    pictures = [[np.array(Image.open(p)).astype(int) for p in sorted((tmp_path / s).glob("*.png"))] for s in ("1", "3")]
+    assert max(np.abs(a - b).max() for a, b in zip(*pictures, strict=True)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sample", ""], "the prompt is empty"),
+        (
+            ["sample", "a star", "--sampler", "magic"],
+            "unknown sampler 'magic'; choose one of none, best-of-n, stepwise",
+        ),
+        (["sample", "a star", "--reward", "magic"], "unknown reward 'magic'"),
+        (["sample", "a star", "--candidates", "0"], "must be at least 1; got 0"),
+        (["sample", "a star", "--sampler", "none", "--candidates", "2"], "has no option 'candidates'"),
+        (["sample", "a star", "--noise", "2"], "takes a noise level in [0, 1.0]; got 2.0"),
+        (["sample", "a star", "--window", "0.9", "0.1"], "window must be (low, high)"),
+        (["sample", "a star", "--budget", "5"], "cannot finish one image"),
+        (["sample", "a star", "--steps", "0"], "--steps must be at least 1"),
+        (["sample", "a star", "--out", "/proc/nowhere/out.png"], "cannot write /proc/nowhere/out.png"),
+        (["sample", "a star", "--model", "/no/such/model"], "cannot load a pipeline from '/no/such/model'"),
+        (["sample", "a star", "--reward", f"{__name__}:nan_reward", "--steps", "3"], "nan_reward returned nan"),
+        (["score", "/no/such.png", "--prompt", "a star"], "cannot read the image /no/such.png"),
+        (["evaluate", "--prompts", "/no/such.txt", "--json", "x.json"], "cannot read the prompts file"),
+        (["compare", "a star", "--samplers", ","], "names no sampler"),
+        (["compare", "a star", "--budget", "3", "--steps", "4"], "is less than the"),
+        (["train", "reward", "--config", "/no/such.yaml"], "cannot read the configuration"),
+        (["train", "reward", "--steps", "0"], "steps must be at least 1"),
+    ],
+)
+def test_bad_input_exits_with_2_and_one_sentence(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in fails(capsys, arguments)
+    assert not list(tmp_path.glob("**/*.png")) and not list(tmp_path.glob("**/*.partial"))
+
+
+def test_prompt_files_that_hold_nothing_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, content in (("a.txt", b"\n\n"), ("b.txt", b"\xff\xfe\x00"), ("c.jsonl", b'{"text": "a star"}\n')):
+        path = tmp_path / name
+        path.write_bytes(content)
+        assert str(path) in fails(capsys, ["evaluate", "--prompts", str(path), "--json", str(tmp_path / "x.json")])
+
+
+def test_config_file_is_overridden_by_options(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("steps: 7\ngroups:\n  siblings: 3\n  steps: 5\n")
+    merged = with_config(["--config", str(config), "--groups.steps", "9"])
+    assert merged == ["--steps", "7", "--groups.siblings", "3", "--groups.steps", "9"]
+    config.write_text("- 1\n")
+    with pytest.raises(ValueError, match="must be a mapping"):
+        with_config(["--config", str(config)])
+
+
+@pytest.mark.slow
+def test_help_of_the_installed_program() -> None:
+    for arguments in (
+        [],
+        ["sample"],
+        ["compare"],
+        ["score"],
+        ["evaluate"],
+        ["train", "reward"],
+        ["benchmark", "samplers"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "rsm_guidance", *arguments, "--help"], capture_output=True, text=True, check=True
+        )
+        assert "usage" in done.stdout.lower()
+        assert not arguments or f"rsm-guidance {' '.join(arguments)}" in done.stdout, "help shows an example"

@@ -1,0 +1,39 @@
+"""Shared fixtures: the embedded pipeline, small and loaded once."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+
+import rsm_guidance as rg
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def no_global_randomness() -> Iterator[None]:
+    """No test may depend on, and no library call may leave traces in, the global generator when a seed is given."""
+    torch.manual_seed(0)
+    yield
+
+
+@pytest.fixture(scope="session")
+def stock() -> StableDiffusion3Pipeline:
+    pipe = StableDiffusion3Pipeline.from_pretrained(rg.shapes.model_path())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def guided(stock: StableDiffusion3Pipeline) -> DiffusionPipeline:
+    pipe = rg.RewardGuidedStableDiffusion3Pipeline.from_pipe(stock)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def drm() -> rg.DiffusionRewardModel:
+    model = rg.load_judge("shapes-drm")
+    assert isinstance(model, rg.DiffusionRewardModel)
+    return model

@@ -1,0 +1,184 @@
+"""The pipeline class: signature, loading routes, errors, interruption."""
+
+import inspect
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+
+import rsm_guidance as rg
+from rsm_guidance.samplers import Progress
+
+CALL = {"prompt": "a red star", "num_inference_steps": 4, "output_type": "np"}
+CPS = rg.Transition("cps", 0.8)
+
+
+def test_signature_is_stock_plus_ours() -> None:
+    stock = list(inspect.signature(StableDiffusion3Pipeline.__call__).parameters)
+    ours = list(inspect.signature(rg.RewardGuidedStableDiffusion3Pipeline.__call__).parameters)
+    assert ours == [*stock, "sampler", "reward", "value", "budget", "seed", "on_step"]
+    assert rg.reward_guided(StableDiffusion3Pipeline) is rg.RewardGuidedStableDiffusion3Pipeline
+
+
+def test_custom_pipeline_in_a_fresh_process(tmp_path: Path) -> None:
+    code = """
+import json, sys
+from diffusers import DiffusionPipeline
+from rsm_guidance import StepwiseSampling, custom_pipeline, shapes
+pipe = DiffusionPipeline.from_pretrained(
+    shapes.model_path(), custom_pipeline=custom_pipeline("stable_diffusion_3"), trust_remote_code=True)
+out = pipe("two red circles and a blue square", num_inference_steps=4, seed=0,
+           sampler=StepwiseSampling(candidates=2), reward="shapes-drm")
+print(json.dumps([type(pipe).__name__, out.images[0].size, out.rewards, out.ledger.evaluations, len(out.trace["levels"])]))
+"""
+    env = os.environ | {"HF_MODULES_CACHE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    name, size, rewards, evaluations, levels = json.loads(done.stdout.splitlines()[-1])
+    assert name == "RewardGuidedStableDiffusion3Pipeline"
+    assert size == [64, 64] and np.isfinite(rewards).all() and levels == 3
+    assert evaluations == pytest.approx(4 * 2 + (3 * 2 + 1) * rg.load_judge("shapes-drm").depth_share)  # type: ignore[union-attr]
+    assert "Expected types" not in done.stderr
+
+
+def test_sharing_and_saving(stock: StableDiffusion3Pipeline, tmp_path: Path) -> None:
+    guided = rg.RewardGuidedStableDiffusion3Pipeline.from_pipe(stock)
+    assert guided.transformer is stock.transformer and stock.dtype == torch.float32
+    guided.save_pretrained(tmp_path)
+    reference = stock(**CALL, generator=torch.Generator().manual_seed(0)).images
+    for cls in (rg.RewardGuidedStableDiffusion3Pipeline, StableDiffusion3Pipeline):
+        again = cls.from_pretrained(tmp_path)
+        again.set_progress_bar_config(disable=True)
+        assert np.array_equal(again(**CALL, generator=torch.Generator().manual_seed(0)).images, reference)
+
+
+def test_from_pipe_keeps_half_precision(stock: StableDiffusion3Pipeline) -> None:
+    half = StableDiffusion3Pipeline.from_pretrained(rg.shapes.model_path(), dtype=torch.bfloat16)
+    guided = rg.RewardGuidedStableDiffusion3Pipeline.from_pipe(half)
+    assert guided.dtype == half.dtype == torch.bfloat16
+    guided.set_progress_bar_config(disable=True)
+    half.set_progress_bar_config(disable=True)
+    reference = half(**CALL, generator=torch.Generator().manual_seed(0)).images
+    driven = guided(**CALL, generator=torch.Generator().manual_seed(0), sampler="none").images
+    assert np.array_equal(driven, reference), "the ode step must round as the stock scheduler does"
+
+
+def test_plain_call_is_not_slowed_by_a_missing_third_text_encoder(stock: StableDiffusion3Pipeline) -> None:
+    embeds = stock.encode_prompt("a red star", None, None)[0]
+    assert embeds.shape[1] == stock.tokenizer_max_length + 1, "one zero token, not 256"
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"prompt": "", "sampler": "none"}, "the prompt is empty"),
+        ({"prompt": 3, "sampler": "none"}, None),
+        ({"prompt": ["a", 3], "sampler": "none"}, "a prompt must be text; got int"),
+        ({"sampler": "magic"}, "unknown sampler 'magic'; choose one of none, best-of-n, stepwise"),
+        ({"sampler": "stepwise"}, "pass a diffusion reward model"),
+        ({"sampler": "best-of-n"}, "compares candidates: pass a reward"),
+        ({"sampler": "stepwise", "reward": "magic"}, "unknown reward 'magic'"),
+        ({"reward": "shapes-drm"}, "reward has no effect without a sampler"),
+        ({"sampler": "none", "budget": 3.0}, "cannot finish one image"),
+        ({"sampler": "none", "budget": -1.0}, "a budget must be positive"),
+        ({"sampler": "none", "seed": 0, "generator": torch.Generator()}, "either seed or generator"),
+    ],
+)
+def test_bad_input(guided: DiffusionPipeline, extra: dict[str, object], message: str | None) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        guided(**(CALL | extra))
+
+
+@pytest.mark.parametrize("sampler", [rg.StepwiseSampling, rg.BestOfN])
+def test_fewer_than_one_candidate_is_refused(sampler: type) -> None:
+    with pytest.raises(ValueError, match="at least 1; got 0"):
+        sampler(candidates=0)
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (lambda n: torch.tensor([float("nan")] * n), "returned nan for item 0"),
+        (lambda n: torch.tensor([float("inf")] * n), "returned inf for item 0"),
+        (lambda n: torch.zeros(n, 2), "must return one score per image"),
+        (lambda n: None, "not 3 numbers"),
+        (lambda n: 1 / 0, "failed: ZeroDivisionError"),
+    ],
+)
+@pytest.mark.parametrize("sampler", [rg.BestOfN(3), rg.StepwiseSampling(3, CPS)], ids=["best-of-n", "stepwise"])
+def test_rewards_that_misbehave_are_named(guided: DiffusionPipeline, sampler: object, result, message: str) -> None:
+    def my_reward(images: torch.Tensor, prompts: list[str]) -> object:
+        return result(len(images))
+
+    with pytest.raises(ValueError, match=f"my_reward.*{message}"):
+        guided(**CALL, seed=0, sampler=sampler, reward=my_reward)
+    assert np.isfinite(guided(**CALL, seed=0, sampler="none").images).all(), "the pipeline works as before"
+
+
+@pytest.mark.parametrize("sampler", [rg.StepwiseSampling(3, CPS), rg.Unguided(), rg.BestOfN(40, CPS, batch_rows=1)])
+def test_ctrl_c_returns_the_best_so_far(
+    guided: DiffusionPipeline, drm: rg.DiffusionRewardModel, sampler: object
+) -> None:
+    seen: list[int] = []
+
+    def interrupt(event: Progress) -> None:
+        seen.append(event.level)
+        if len(seen) == 7:
+            raise KeyboardInterrupt
+
+    call = CALL | {"num_inference_steps": 8 if not isinstance(sampler, rg.BestOfN) else 3}
+    out = guided(**call, seed=0, sampler=sampler, reward=drm, on_step=interrupt)
+    assert out.ledger.stopped == "interrupted" and len(seen) == 7
+    assert out.images.shape == (1, 64, 64, 3) and np.isfinite(out.rewards).all()
+    if isinstance(sampler, rg.BestOfN):
+        assert len(out.trace["candidates"]["rewards"][0]) == 2, "two whole samples were finished"
+
+
+def test_a_real_signal_in_the_middle(guided: DiffusionPipeline, drm: rg.DiffusionRewardModel) -> None:
+    started = threading.Event()
+    threading.Thread(
+        target=lambda: (started.wait(), time.sleep(0.2), os.kill(os.getpid(), signal.SIGINT)), daemon=True
+    ).start()
+    out = guided(
+        **(CALL | {"num_inference_steps": 400}), seed=0, sampler=rg.StepwiseSampling(2, CPS), reward=drm,
+        on_step=lambda e: started.set(),
+    )  # fmt: skip
+    assert out.ledger.stopped == "interrupted" and np.isfinite(out.images).all()
+
+
+def test_deadline_returns_the_best_so_far(guided: DiffusionPipeline, drm: rg.DiffusionRewardModel) -> None:
+    call = CALL | {"num_inference_steps": 400}
+    out = guided(**call, seed=0, sampler=rg.StepwiseSampling(2, CPS), reward=drm, budget=rg.Budget(seconds=0.4))
+    assert out.ledger.stopped == "deadline" and out.ledger.seconds < 5
+
+
+def test_budget_caps_evaluations_through_the_pipeline(guided: DiffusionPipeline, drm: rg.DiffusionRewardModel) -> None:
+    out = guided(**CALL, seed=0, sampler=rg.StepwiseSampling(8, CPS), reward=drm, budget=16.0)
+    assert 8 < out.ledger.evaluations <= 16 and out.ledger.stopped == "budget"
+
+
+def test_output_forms(guided: DiffusionPipeline, drm: rg.DiffusionRewardModel) -> None:
+    sampler = rg.StepwiseSampling(2, CPS)
+    out = guided(prompt=["a star", "a cross"], num_inference_steps=3, seed=0, sampler=sampler, reward=drm)
+    assert [i.size for i in out.images] == [(64, 64)] * 2 and len(out.rewards) == 2
+    json.dumps(out.trace)
+    assert isinstance(guided(**CALL, seed=0, sampler="none", return_dict=False), tuple)
+    latent = guided(**(CALL | {"output_type": "latent"}), seed=0, sampler="none").images
+    assert latent.shape == (1, 4, 16, 16)
+
+
+def test_unknown_families_and_arguments(guided: DiffusionPipeline) -> None:
+    with pytest.raises(ValueError, match="stable_diffusion_3"):
+        rg.custom_pipeline("no-such-family")
+    with pytest.raises(TypeError, match="unexpected argument 'promt'"):
+        guided(promt="a star")
+    with pytest.raises(ValueError, match="has no option 'candidats'"):
+        rg.make_sampler("stepwise", candidats=3)

@@ -1,0 +1,121 @@
+"""Samplers on the exact Gaussian-mixture denoiser, where the right answer is known."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from rsm_guidance.core.ledger import Budget, Ledger
+from rsm_guidance.core.mixture import GaussianMixture, GaussianMixtureDenoiser, QuadraticReward, value
+from rsm_guidance.core.random import RandomStreams
+from rsm_guidance.core.schedule import NoiseSchedule, Prediction
+from rsm_guidance.core.transitions import Transition
+from rsm_guidance.samplers import BestOfN, Problem, Sampler, StepwiseSampling, Unguided
+
+MIXTURE = GaussianMixture.from_weights([0.5, 0.5], [[-2.0], [2.0]], 0.25)
+REWARD = QuadraticReward.around(torch.tensor([2.0]), torch.tensor([1.0]))
+SCHEDULE = NoiseSchedule.flow(12)
+ANCESTRAL = Transition("ddim", 1.0)
+
+
+class ExactValue:
+    """V(x_t) = log E[exp(r(x0)) | x_t] in closed form."""
+
+    evaluations_per_row = 0.5
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+
+    def __call__(self, x: Tensor, level: int, rows: Tensor, prediction: Prediction | None = None) -> Tensor:
+        self.ledger.charge_value(len(x), 0.5)
+        return value(MIXTURE, REWARD, x.double(), *SCHEDULE.coefficients(level))
+
+
+def problem(count: int, budget: Budget | None = None) -> Problem:
+    prompts = [f"point {i}" for i in range(count)]
+    ledger = Ledger(budget or Budget(), images=count)
+    denoiser = GaussianMixtureDenoiser(MIXTURE, SCHEDULE, prompts)
+    inner = denoiser.predict
+
+    def counted(x: Tensor, level: int, rows: Tensor | None = None) -> Prediction:
+        ledger.denoiser_evaluations += len(x)
+        return inner(x, level, rows)
+
+    object.__setattr__(denoiser, "predict", counted)
+    return Problem(denoiser, RandomStreams.for_prompts(0, prompts), ledger, value=ExactValue(ledger))
+
+
+def mean_reward(sampler: Sampler, count: int = 400) -> float:
+    output = sampler.sample(problem(count))
+    assert output.rewards is not None
+    return float(output.rewards.mean())
+
+
+def test_best_of_n_matches_the_expected_maximum() -> None:
+    """E[max of N draws of r] by Monte Carlo on exact samples, against best-of-N along the ancestral chain."""
+    exact = MIXTURE.sample(400_000, torch.Generator().manual_seed(0))
+    rewards = REWARD(exact)
+    for n in (1, 2, 8):
+        groups = rewards[: len(rewards) // n * n].view(-1, n).amax(1)
+        sampled = BestOfN(n, ANCESTRAL).sample(problem(1000)).rewards
+        assert sampled is not None
+        error = float(sampled.std() / 1000**0.5)
+        assert abs(float(sampled.mean() - groups.mean())) < 4 * error + 0.15
+
+
+def test_stepwise_with_the_exact_value_beats_unguided_and_grows_with_k() -> None:
+    scores = [mean_reward(StepwiseSampling(k, ANCESTRAL)) for k in (1, 2, 6)]
+    assert scores[0] == pytest.approx(mean_reward(Unguided(ANCESTRAL)))
+    assert scores[0] < scores[1] - 2 < scores[2]
+
+
+def test_window_and_initial_noises_restrict_the_choice() -> None:
+    early = StepwiseSampling(4, ANCESTRAL, window=(0.6, 1.0))
+    output = early.sample(problem(5))
+    assert all(SCHEDULE.sigma[entry["level"]] >= 0.6 for entry in output.trace["levels"])
+    started = StepwiseSampling(1, ANCESTRAL, initial_candidates=5).sample(problem(5))
+    assert [entry["level"] for entry in started.trace["levels"]] == [0]
+    assert len(started.trace["levels"][0]["scores"][0]) == 5
+
+
+def test_temperature_interpolates_between_random_and_greedy() -> None:
+    greedy = mean_reward(StepwiseSampling(4, ANCESTRAL))
+    warm = mean_reward(StepwiseSampling(4, ANCESTRAL, temperature=1.0))
+    hot = mean_reward(StepwiseSampling(4, ANCESTRAL, temperature=1e6))
+    unguided = mean_reward(Unguided(ANCESTRAL))
+    assert greedy >= warm > hot - 0.5
+    assert hot == pytest.approx(unguided, abs=1.5)
+
+
+def test_one_denoiser_evaluation_per_parent() -> None:
+    task = problem(3)
+    StepwiseSampling(5, ANCESTRAL).sample(task)
+    assert task.ledger.denoiser_evaluations == 3 * SCHEDULE.steps
+    assert task.ledger.value_evaluations == 3 * (5 * (SCHEDULE.steps - 1) + 1)
+
+
+@pytest.mark.parametrize("cap", [12.5, 14.0, 20.3, 30.0])
+def test_budget_is_a_hard_cap(cap: float) -> None:
+    for sampler in (StepwiseSampling(4, ANCESTRAL), BestOfN(9, ANCESTRAL), Unguided(ANCESTRAL)):
+        task = problem(3, Budget(evaluations=cap))
+        output = sampler.sample(task)
+        assert output.ledger.evaluations <= 3 * cap + 1e-6
+        assert output.rewards is not None and len(output.rewards) == 3
+        if sampler.name != "none":
+            assert output.ledger.stopped == "budget"
+
+
+def test_budget_too_small_for_one_sample_says_so() -> None:
+    with pytest.raises(ValueError, match="12 steps at 1 and the final score take 12.5"):
+        Unguided(ANCESTRAL).sample(problem(1, Budget(evaluations=12.0)))
+
+
+def test_trace_is_json_and_names_every_choice() -> None:
+    import json
+
+    output = StepwiseSampling(3, ANCESTRAL).sample(problem(2))
+    trace = json.loads(json.dumps(output.trace))
+    assert [e["level"] for e in trace["levels"]] == list(range(1, SCHEDULE.steps))
+    for entry in trace["levels"]:
+        for scores, chosen in zip(entry["scores"], entry["chosen"], strict=True):
+            assert scores[chosen] == max(scores)
+    assert trace["sampler"]["name"] == "stepwise" and trace["rewards"] == output.rewards.tolist()

@@ -8,9 +8,9 @@ The page needs nothing from the network.  Needs the `demo` extra: pip install -c
 import argparse
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
-from threading import Event, Lock, Thread
+from threading import Event, Lock, Thread, main_thread
 from typing import Any
 
 import gradio as gr
@@ -26,21 +26,21 @@ from rsm_guidance.evaluation.generate import Generation, load_pipeline
 from rsm_guidance.samplers import Progress, Sampler
 from rsm_guidance.shapes import model_path, parse_caption, verify
 
-EXAMPLES = (
+EXAMPLES = (  # one of each category of the grammar
     "a green triangle left of a red star",
     "two red circles and a blue square",
-    "a picture of three yellow stars",
-    "a purple cross above a cyan circle",
     "a blue square and a yellow triangle",
-    "a drawing of a cross",
+    "a circle with a star",
+    "a photo of a purple cross",
+    "a drawing of a triangle",
 )
 HEADERS = ("image", "reward", "verifier", "denoiser evaluations", "seconds")
 PREVIEW_EVERY = 2
 CSS = ".picture img { width: 100%; height: 100%; object-fit: contain; }"
 ABOUT = """# Guided sampling
-One prompt, one seed, drawn twice: with the sampler you choose, and without guidance. *Reward* is the score of the model
-that does the guiding, so guidance tends to raise it; the *verifier* reads the finished picture by rule and takes no part
-in the guiding. It speaks only for the embedded model and for captions like the examples."""
+One prompt, one seed, drawn twice: with the sampler you choose, and without guidance. *Reward* is the score by the judge
+that guides, so a higher one alone proves little; the *verifier* reads the finished picture by rule. It speaks only for
+the embedded model and for captions like the examples."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,8 @@ class Abandoned(Exception):
 
 def build_sampler(name: str, candidates: int) -> Sampler:
     """The sampler of that name with its defaults, and with `candidates` where it has any."""
-    options = {"candidates": candidates}
-    sampler = SAMPLERS.get(name)
-    return make_sampler(name, **(options if sampler and "candidates" in {f.name for f in fields(sampler)} else {}))
+    takes = name in SAMPLERS and "candidates" in inspect.signature(SAMPLERS[name]).parameters
+    return make_sampler(name, **({"candidates": candidates} if takes else {}))
 
 
 @torch.no_grad()
@@ -94,7 +93,7 @@ def generate(
             report(Preview(f"{sampler.name}: step {event.level} of {event.levels}{best}", decode(pipe, event.x0)))
 
     def unguided_step(_: Progress) -> None:
-        if stop.is_set():
+        if stop.is_set() or not main_thread().is_alive():  # nobody listens, or Ctrl-C
             raise Abandoned
 
     guided = pipe(**call, sampler=sampler, on_step=guided_step)
@@ -114,7 +113,7 @@ def in_thread(work: Callable[[Callable[[Preview], None], Event], Outcome]) -> It
         except BaseException as error:  # handed over to the reader
             events.put(error)
 
-    Thread(target=run, daemon=True).start()
+    Thread(target=run, daemon=False).start()  # a daemon killed inside torch would abort the process
     try:
         while True:
             event = events.get()
@@ -161,24 +160,16 @@ def score_plot(trace: dict[str, Any]) -> Figure:
     if not points:
         axes.text(0.5, 0.5, "this run compared no candidates", transform=axes.transAxes, ha="center", color="gray")
         return figure
-    levels = [level for level, scores, _ in points for _ in scores]
-    axes.scatter(levels, [s for _, scores, _ in points for s in scores], s=14, color="0.65", label="candidates")
-    chosen = [scores[k] for _, scores, k in points]
-    axes.plot([level for level, _, _ in points], chosen, "o-", ms=5, lw=1.5, color="tab:red", label="chosen")
+    dots = np.array([(level, score) for level, scores, _ in points for score in scores])
+    line = np.array([(level, scores[k]) for level, scores, k in points])
+    axes.plot(*dots.T, "o", ms=3.5, color="0.65", label="candidates")
+    axes.plot(*line.T, "o-", ms=5, lw=1.5, color="tab:red", label="chosen")
     axes.legend(frameon=False)
     return figure
 
 
 def build_demo(model: str = "shapes", reward: str = "shapes-drm") -> gr.Blocks:
-    """The page for a model and a reward.
-
-    Args:
-        model: hub id or folder of a diffusers pipeline; "shapes" is the embedded one.
-        reward: name, folder or hub id of what scores the candidates, or "package.module:object".
-
-    Raises:
-        ValueError: if either cannot be loaded.
-    """
+    """The page for a model (hub id, folder or "shapes") and a reward; a ValueError says what cannot be loaded."""
     embedded = model == "shapes" or model == model_path()
     model = model_path() if embedded else model
     pipe, judge = load_pipeline(model), load_judge(reward)
@@ -208,6 +199,7 @@ def build_demo(model: str = "shapes", reward: str = "shapes-drm") -> gr.Blocks:
                     images = event.unguided.images[0], event.guided.images[0]
                     yield *images, status, rows, score_plot(event.guided.trace)
         except ValueError as error:
+            yield None, None, "Nothing was drawn.", None, None
             raise gr.Error(str(error), print_exception=False) from error
 
     with gr.Blocks(title="rsm-guidance", analytics_enabled=False) as demo:
@@ -216,27 +208,25 @@ def build_demo(model: str = "shapes", reward: str = "shapes-drm") -> gr.Blocks:
             with gr.Column(scale=2, min_width=300):
                 prompt = gr.Textbox(EXAMPLES[0], label="Prompt", lines=2, max_length=1000)
                 gr.Examples([[text] for text in EXAMPLES], [prompt])
-                sampler = gr.Dropdown(list(SAMPLERS), value="stepwise", label="Sampler")
+                names, hint = list(SAMPLERS), "The preview of best-of-n is its first."
+                sampler = gr.Dropdown(names, value="stepwise", label="Sampler", info=hint)
                 candidates = gr.Slider(1, 16, value=4, step=1, label="K", info="Candidates; the sampler none has one.")
                 seed = gr.Number(0, label="Seed", precision=0)
                 steps = gr.Slider(1, 100, value=defaults.steps or stock_steps, step=1, label="Steps")
                 button = gr.Button("Generate", variant="primary")
             with gr.Column(scale=5):
                 with gr.Row():
-                    picture = {"format": "png", "height": 320, "interactive": False, "elem_classes": "picture"}
+                    picture: dict[str, Any] = {"format": "png", "height": 320, "elem_classes": "picture"}
+                    picture |= {"interactive": False, "buttons": ["download", "fullscreen"]}
                     unguided = gr.Image(label="Unguided", **picture)
-                    guided = gr.Image(label="Guided (a preview while it runs; best-of-n previews its first)", **picture)
+                    guided = gr.Image(label="Guided", **picture)
                 status = gr.Markdown("Press Generate.")
                 results = gr.Dataframe(headers=list(HEADERS), interactive=False, label="Reward and cost")
                 gr.Markdown("A value model's calls count by their share of the denoiser. Seconds include the previews.")
-                plot = gr.Plot(label="Scores compare candidates of one step; different steps are judged apart")
-        button.click(
-            handler,
-            [prompt, sampler, candidates, seed, steps],
-            [unguided, guided, status, results, plot],
-            api_name="generate",
-            concurrency_limit=1,
-        )
+                plot = gr.Plot(label="Score per step", show_label=False)
+                gr.Markdown("Scores compare the candidates of one step; from step to step they need not be comparable.")
+        inputs, outputs = [prompt, sampler, candidates, seed, steps], [unguided, guided, status, results, plot]
+        button.click(handler, inputs, outputs, api_name="generate", concurrency_limit=1, show_progress_on=status)
     return demo.queue(max_size=8)
 
 
@@ -249,11 +239,8 @@ def main() -> None:
     options = parser.parse_args()
     try:
         demo = build_demo(options.model, options.reward)
-    except ValueError as error:
-        parser.error(str(error))
-    try:
         demo.launch(server_name="127.0.0.1", server_port=options.port, css=CSS, ssr_mode=False, share=False)
-    except OSError as error:  # the port is taken
+    except (ValueError, OSError) as error:  # nothing to load; no free port
         parser.error(str(error))
 
 

@@ -9,6 +9,7 @@ import yaml
 
 from rsm_guidance.evaluation.benchmark import SamplersBenchmark, run_samplers_benchmark, table
 from rsm_guidance.evaluation.files import require_writable
+from rsm_guidance.training.judges import JudgesBenchmark, judges_table, run_judges_benchmark
 from rsm_guidance.training.reward import RewardTrainConfig, train_reward
 from rsm_guidance.training.shapes_base import BaseConfig, train_shapes_model
 from rsm_guidance.training.shapes_vae import VAEConfig
@@ -56,8 +57,20 @@ class Samplers(SamplersBenchmark):
         print(table(run_samplers_benchmark(self)))
 
 
+@dataclass(frozen=True)
+class Judges(JudgesBenchmark):
+    """Compare reward models with frozen, LoRA and tuned backbones of several depths; interrupted runs resume.
+
+    rsm-guidance benchmark judges --out judges
+    """
+
+    def run(self) -> None:
+        require_writable(self.out / "judges.json")
+        print(judges_table(run_judges_benchmark(self)))
+
+
 TRAIN = {"reward": Reward, "base": Base}
-BENCHMARK = {"samplers": Samplers}
+BENCHMARK = {"samplers": Samplers, "judges": Judges}
 
 
 def with_config(arguments: list[str]) -> list[str]:

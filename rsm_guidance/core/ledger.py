@@ -66,16 +66,19 @@ class Ledger:
         self.value_cost += rows * share
 
     def affords(self, evaluations: float = 0.0, reward_calls: int = 0, decodes: int = 0) -> bool:
-        """Whether this much more, summed over all images, stays within every cap."""
+        """Whether this much more, summed over all images, stays within every cap on counts (not the deadline)."""
         b = self.budget
         demands = (
             (b.evaluations, self.evaluations + evaluations),
             (b.reward_calls, self.reward_calls + reward_calls),
             (b.decodes, self.decodes + decodes),
         )
-        if b.seconds is not None and self.seconds >= b.seconds:
-            return False
         return all(cap is None or total <= cap * self.images + 1e-6 for cap, total in demands)
+
+    @property
+    def late(self) -> bool:
+        """Whether the deadline has passed."""
+        return self.budget.seconds is not None and self.seconds >= self.budget.seconds
 
     def stop(self, why: str) -> None:
         """Note the first reason why the run ended early ("budget", "deadline", "interrupted")."""

@@ -1,6 +1,7 @@
 """`PipelineDenoiser`: any supported diffusers pipeline as a `core.denoiser.Denoiser`."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,9 +59,9 @@ class PipelineDenoiser:
 
     @property
     def evaluations_per_row(self) -> float:
-        """Denoiser evaluations per latent and level: counted once a level has run, before that from the call."""
+        """Denoiser evaluations per latent and level, as counted on the last one; before the first, as the call asks."""
         self.initial()
-        return self._per_row or (2.0 if getattr(self.pipe, "do_classifier_free_guidance", True) else 1.0)
+        return self._per_row
 
     def initial(self) -> Tensor:
         """The latents the stock call starts from (its own generator or `latents` argument)."""
@@ -90,6 +91,8 @@ class PipelineDenoiser:
 
     def finish(self, x0: Tensor) -> Any:
         """The stock output for final latents [B, ...], in the output type the call asked for."""
+        if self._call.get("output_type") != "latent":
+            self.ledger.decodes += len(x0)
         if (
             self._loop is not None
             and self._loop.alive
@@ -123,13 +126,14 @@ class PipelineDenoiser:
     def _restart(self, call: dict[str, Any], rows: tuple[int, ...], skip: int) -> Tensor:
         """Begin a stock call and stop before its first step; returns its first latents."""
         self.close()
-        self._loop = StockLoop(self.pipe, call, skip, self._encode_prompt)
+        self._loop = StockLoop(self.pipe, call, skip, partial(self._encode_prompt, rows))
         self._rows, self._level, self._step = rows, skip, None
         pause = self._resume(None)
         if not isinstance(pause, Start):
             raise ValueError(f"{type(self.pipe).__name__} opened no progress bar before its loop; it cannot be driven")
         if self._schedule is None:
             self._schedule = _schedule_of(self._loop.scheduler_state())
+        self._per_row = self._per_row or (2.0 if pause.guided else 1.0)
         self._sample = pause.latents
         return pause.latents
 
@@ -167,27 +171,22 @@ class PipelineDenoiser:
             "callback_on_step_end": None,
         }
         rows = self._base if whole else (0,) * len(x0)
-        loop = StockLoop(self.pipe, call, self.schedule.steps, self._encode_prompt)
-        held = self._rows
-        self._rows = rows
-        try:
+        loop = StockLoop(self.pipe, call, self.schedule.steps, partial(self._encode_prompt, rows))
+        pause = loop.resume()
+        while not isinstance(pause, Done):
             pause = loop.resume()
-            while not isinstance(pause, Done):
-                pause = loop.resume()
-        finally:
-            self._rows = held
         return pause.output if whole else pause.output[0]
 
     def _without_conditioning(self) -> dict[str, Any]:
         kept = {k: v for k, v in self._call.items() if not k.startswith(_CONDITIONING)}
         return kept | {"generator": None, "num_images_per_prompt": 1}
 
-    def _encode_prompt(self, stock: Any, *args: Any, **kwargs: Any) -> Sequence[Tensor | None]:
+    def _encode_prompt(self, rows: tuple[int, ...], stock: Any, *args: Any, **kwargs: Any) -> Sequence[Tensor | None]:
         """Stands in for the pipeline's `encode_prompt`: the first call is stock, later ones pick its rows."""
         if self._embeds is None:
             self._embeds = tuple(stock(*args, **kwargs))
             return self._embeds
-        index = torch.tensor(self._rows)
+        index = torch.tensor(rows)
         return tuple(None if e is None else e[index.to(e.device)] for e in self._embeds)
 
 

@@ -19,9 +19,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Start:
-    """The loop is ready to begin: `latents` [B, ...] and timesteps are prepared, the denoiser has not been called."""
+    """The loop is ready to begin: `latents` [B, ...] and timesteps are prepared, the denoiser has not been called.
+
+    `guided` says whether the call uses classifier-free guidance.
+    """
 
     latents: Tensor
+    guided: bool
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ class StockLoop:
         def progress_bar(*args: Any, **kwargs: Any) -> Any:
             # Opened right before the loop, when latents and timesteps are ready: the one place all families share.
             assert self._latents is not None
-            self._pause(Start(self._latents))
+            self._pause(Start(self._latents, bool(getattr(pipe, "do_classifier_free_guidance", False))))
             return stock_bar(*args, **kwargs)
 
         @functools.wraps(stock_step)

@@ -18,14 +18,15 @@ def grid(rows: list[list[tuple[Image.Image, str]]], cell: int = 192, title: list
     canvas = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(canvas)
     for column, text in enumerate(title or []):
-        draw.text((gap + column * (cell + gap) + cell / 2, gap), text, fill="black", font=font, anchor="mt")
+        heading = _shorten(text, draw, font, cell)
+        draw.text((gap + column * (cell + gap) + cell / 2, gap), heading, fill="black", font=font, anchor="ma")
     for r, row in enumerate(rows):
         for c, (image, text) in enumerate(row):
             x, y = gap + c * (cell + gap), head + gap + r * (cell + label + gap)
             canvas.paste(image.convert("RGB").resize((cell, cell), Image.Resampling.BICUBIC), (x, y))
             draw.rectangle((x, y, x + cell - 1, y + cell - 1), outline="#cccccc")
             draw.text(
-                (x + cell / 2, y + cell + 4), _shorten(text, draw, small, cell), fill="#444444", font=small, anchor="mt"
+                (x + cell / 2, y + cell + 4), _shorten(text, draw, small, cell), fill="#444444", font=small, anchor="ma"
             )
     return canvas
 

@@ -152,6 +152,7 @@ def _call(
         _set_judges(problem, reward, value)
         output = _sample(pipe, sampler, problem, on_step)
         images = denoiser.finish(output.latents)
+    output.trace["ledger"] = ledger.to_dict()  # now with the final decode
     if call.get("return_dict") is False:
         return images
     rewards = None if output.rewards is None else output.rewards.tolist()

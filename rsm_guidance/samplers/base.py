@@ -205,7 +205,6 @@ def interruptible(problem: Problem) -> Iterator[None]:
 
 def check_deadline(problem: Problem) -> None:
     """Raise `Interrupted` once the deadline has passed."""
-    seconds = problem.ledger.budget.seconds
-    if seconds is not None and problem.ledger.seconds >= seconds:
+    if problem.ledger.late:
         problem.ledger.stop("deadline")
         raise Interrupted

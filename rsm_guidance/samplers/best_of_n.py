@@ -69,7 +69,10 @@ class BestOfN:
         return finished(problem, chosen, table[best, problem.rows], trace)
 
     def _batches(self, problem: Problem) -> list[list[int]]:
-        """Candidates in batches of at most `batch_rows` latents, as many as the budget reaches for."""
+        """Candidates in batches of at most `batch_rows` latents, as many as the budget reaches for.
+
+        Candidate 0 runs alone: it is then the unguided sample to the last bit, which a larger batch would round otherwise.
+        """
         count = self.candidates
         cap = problem.ledger.budget.evaluations
         if cap is not None:
@@ -79,4 +82,4 @@ class BestOfN:
                 count = math.floor(cap / each + 1e-9)
                 problem.ledger.stop("budget")
         size = max(1, self.batch_rows // problem.count)
-        return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
+        return [[0], *(list(range(start, min(start + size, count))) for start in range(1, count, size))]

@@ -7,6 +7,7 @@ from torch import Tensor
 from rsm_guidance.core.denoiser import Denoiser, Reward
 from rsm_guidance.core.ledger import Ledger
 from rsm_guidance.core.schedule import NoiseSchedule, Prediction
+from rsm_guidance.rewards import name_of
 from rsm_guidance.values.drm import DiffusionRewardModel
 
 
@@ -49,7 +50,7 @@ class TweedieValue:
 
     @property
     def name(self) -> str:
-        return "the reward"
+        return name_of(self.reward)
 
     def __call__(self, x: Tensor, level: int, rows: Tensor, prediction: Prediction | None = None) -> Tensor:
         x0 = x

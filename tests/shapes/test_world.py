@@ -8,6 +8,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image, ImageFilter
 
 from rsm_guidance.shapes import CATEGORIES, caption_set, parse_caption, random_caption, render_spec, verify
 from rsm_guidance.shapes.model import build_tokenizer
@@ -63,7 +64,7 @@ def test_every_object_is_recognised(shape: str, color: str) -> None:
     for radius in (6.5, 9.0, 15.0):
         [seen] = see(render([Placed(color, shape, 30.3, 33.7, radius)]))
         assert (seen.color, seen.shape) == (color, shape)
-        assert abs(seen.x + 0.5 - 30.3) < 1 and abs(seen.y + 0.5 - 33.7) < 2
+        assert abs(seen.x + 0.5 - 30.3) < 1 and abs(seen.y + 0.5 - 33.7) < 4  # a triangle weighs low
 
 
 def test_verifier_is_strict_on_colour_count_and_relation_and_tolerates_sloppy_outlines() -> None:
@@ -80,8 +81,8 @@ def test_verifier_is_strict_on_colour_count_and_relation_and_tolerates_sloppy_ou
         verdict = verify(image, wrong)
         assert not verdict.correct and verdict.score < 1
     assert verify(image, "a red circle above a blue star").score > verify(image, "four green squares").score
-    blurred = torch.nn.functional.avg_pool2d(torch.from_numpy(image).permute(2, 0, 1).float()[None], 3, 1, 1)
-    assert verify(blurred[0].permute(1, 2, 0).round().byte().numpy(), "a red circle left of a blue star").correct
+    blurred = np.asarray(Image.fromarray(image).filter(ImageFilter.BoxBlur(1)))
+    assert verify(blurred, "a red circle left of a blue star").correct
     assert verify(np.full((64, 64, 3), 240, np.uint8), "a red circle").score == 0
 
 

@@ -100,7 +100,7 @@ def test_damaged_checkpoints_are_refused(drm: rg.DiffusionRewardModel, tmp_path:
         rg.DiffusionRewardModel.from_pretrained(str(tmp_path), pipe=drm.pipe)
     weights.write_bytes(whole)
     tensors = load_file(weights)
-    save_file({k: v for k, v in list(tensors.items())[1:]}, weights)
+    save_file(dict(list(tensors.items())[1:]), weights)
     with pytest.raises(ValueError, match="do not fit"):
         rg.DiffusionRewardModel.from_pretrained(str(tmp_path), pipe=drm.pipe)
 

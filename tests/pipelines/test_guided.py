@@ -109,7 +109,7 @@ def test_fewer_than_one_candidate_is_refused(sampler: type) -> None:
         (lambda n: torch.tensor([float("nan")] * n), "returned nan for item 0"),
         (lambda n: torch.tensor([float("inf")] * n), "returned inf for item 0"),
         (lambda n: torch.zeros(n, 2), "must return one score per image"),
-        (lambda n: None, "not 3 numbers"),
+        (lambda n: None, "NoneType, not . numbers"),
         (lambda n: 1 / 0, "failed: ZeroDivisionError"),
     ],
 )

@@ -1,7 +1,6 @@
 """The commands on images: sample, compare, score, evaluate."""
 
 import json
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,24 +11,32 @@ import tyro
 from tqdm.auto import tqdm
 
 from rsm_guidance.cli.options import ModelOptions, SamplerOptions, budget_of
-from rsm_guidance.engine import PipelineDenoiser
 from rsm_guidance.evaluation.files import (
     read_image,
     read_prompts,
+    require_image_name,
     require_writable,
     write_image,
     write_json,
 )
-from rsm_guidance.evaluation.generate import Generation, fit_to_budget, generate, load_pipeline, value_share
+from rsm_guidance.evaluation.generate import Generation, fit_to_budget, generate, levels_of, load_pipeline
 from rsm_guidance.evaluation.pictures import grid
-from rsm_guidance.rewards import checked_scores, name_of, shapes_verifier
+from rsm_guidance.rewards import judged, name_of, shapes_verifier
 from rsm_guidance.samplers import Progress, Sampler
 from rsm_guidance.shapes.render import IMAGE_SIZE
-from rsm_guidance.values import DiffusionRewardModel, load_judge
+from rsm_guidance.values import DiffusionRewardModel, Judge, load_judge
 
 
 def _say(data: dict[str, Any]) -> None:
     print(json.dumps(data), flush=True)
+
+
+def _scores(judge: Judge, images: torch.Tensor, prompts: list[str]) -> list[float]:
+    """Checked scores of images [B, 3, H, W] in [0, 1]."""
+    score = judge.score_images if isinstance(judge, DiffusionRewardModel) else judge
+    with torch.no_grad():
+        scores: list[float] = judged(lambda: score(images, prompts), len(images), name_of(judge)).tolist()
+    return scores
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,9 @@ class Sample:
 
     def run(self) -> None:
         sampler = self.options.build(self.sampler)
-        require_writable(self.out)
+        if not self.prompt.strip():
+            raise ValueError("the prompt is empty; say what to draw")
+        require_image_name(self.out)
         if self.trace is not None:
             require_writable(self.trace)
         pipe, judge = load_pipeline(self.of.model_id, self.of.dtype), self.of.judge()
@@ -113,6 +122,8 @@ class Compare:
     def run(self) -> None:
         if self.images < 1:
             raise ValueError(f"--images must be at least 1; got {self.images}")
+        if not self.prompt.strip():
+            raise ValueError("the prompt is empty; say what to draw")
         names = [n.strip() for n in self.samplers.split(",") if n.strip()]
         if not names:
             raise ValueError("--samplers names no sampler; give at least one, such as none,stepwise")
@@ -120,16 +131,16 @@ class Compare:
         require_writable(self.out / "report.json")
         pipe, judge = load_pipeline(self.of.model_id, self.of.dtype), self.of.judge()
         generation = Generation.for_model(self.of.model_id, self.of.steps, self.of.guidance_scale)
-        rows, report = [], []
-        steps, per_level = _cost(pipe, self.prompt, generation)
+        rows, report, pictures = [], [], {}
+        schedule, per_level = levels_of(pipe, generation)
         for sampler in tqdm(built, desc="samplers"):
-            fitted = fit_to_budget(sampler, self.budget, steps, per_level, value_share(judge))
+            fitted = fit_to_budget(sampler, self.budget, schedule, per_level, judge)
             row = []
             for i in range(self.images):
                 seed = self.seed + i
                 cap = budget_of(self.budget)
                 [s] = next(generate(pipe, [self.prompt], fitted, judge, generation, seed, 1, cap))
-                write_image(self.out / f"{sampler.name}_{seed}.png", s.image)
+                pictures[f"{sampler.name}_{seed}.png"] = s.image
                 row.append((s.image, f"{sampler.name}  seed {seed}  reward {s.reward:.2f}"))
                 report.append(
                     {
@@ -143,18 +154,13 @@ class Compare:
                     }
                 )
             rows.append(row)
-        write_image(self.out / "comparison.png", grid(rows))
+        for name, image in {**pictures, "comparison.png": grid(rows)}.items():
+            write_image(self.out / name, image)
         write_json(self.out / "report.json", {"prompt": self.prompt, "budget": self.budget, "runs": report})
         for name in dict.fromkeys(names):
             mine = [r for r in report if r["name"] == name]
             means = {k: float(np.mean([r[k] for r in mine])) for k in ("reward", "evaluations", "seconds")}
             _say({"sampler": name, "images": len(mine), **means})
-
-
-def _cost(pipe: Any, prompt: str, generation: Generation) -> tuple[int, float]:
-    """Levels of a run and denoiser evaluations per level, without running one."""
-    with torch.no_grad(), closing(PipelineDenoiser(pipe, {"prompt": prompt, **generation.call()})) as denoiser:
-        return denoiser.schedule.steps, denoiser.evaluations_per_row
 
 
 @dataclass(frozen=True)
@@ -183,10 +189,8 @@ class Score:
         elif judge is shapes_verifier:
             size = (IMAGE_SIZE, IMAGE_SIZE)
         for path, image in [(p, read_image(p, size)) for p in self.images]:
-            with torch.no_grad():
-                score = judge.score_images if isinstance(judge, DiffusionRewardModel) else judge
-                raw = score(image, [self.prompt])
-            _say({"image": str(path), "prompt": self.prompt, "score": float(checked_scores(raw, 1, name_of(judge)))})
+            [score] = _scores(judge, image, [self.prompt])
+            _say({"image": str(path), "prompt": self.prompt, "score": score})
 
 
 @dataclass(frozen=True)
@@ -219,6 +223,8 @@ class Evaluate:
         sampler: Sampler = self.options.build(self.sampler)
         prompts = read_prompts(self.prompts)
         require_writable(self.json)
+        if self.images is not None:
+            require_writable(self.images / "00000.png")
         judge = self.of.judge()
         guide = judge if self.guide is None else load_judge(self.guide)
         pipe = load_pipeline(self.of.model_id, self.of.dtype)
@@ -228,15 +234,11 @@ class Evaluate:
             for batch in generate(pipe, prompts, sampler, guide, generation, self.seed, self.batch_size):
                 samples += batch
                 bar.update(len(batch))
+        samples.sort(key=lambda s: s.index)
         rewards = [s.reward for s in samples]
         if guide is not judge:
-            stack = [torch.from_numpy(np.array(s.image.convert("RGB"))).permute(2, 0, 1)[None] / 255 for s in samples]
-            with torch.no_grad():
-                score = judge.score_images if isinstance(judge, DiffusionRewardModel) else judge
-                rewards = [
-                    float(checked_scores(score(i, [s.prompt]), 1, name_of(judge)))
-                    for i, s in zip(stack, samples, strict=True)
-                ]
+            pixels = [torch.from_numpy(np.array(s.image.convert("RGB"))).permute(2, 0, 1)[None] / 255 for s in samples]
+            rewards = [_scores(judge, p, [s.prompt])[0] for p, s in zip(pixels, samples, strict=True)]
         values = np.array(rewards, float)
         report = {
             "pipeline": self.of.model,
@@ -249,9 +251,8 @@ class Evaluate:
             "seconds_per_image": float(np.mean([s.seconds for s in samples])),
             "images": [{"prompt": s.prompt, "reward": r} for s, r in zip(samples, rewards, strict=True)],
         }
-        if self.images is not None:
-            self.images.mkdir(parents=True, exist_ok=True)
-            for index, s in enumerate(samples):
-                write_image(self.images / f"{index:05d}.png", s.image)
         write_json(self.json, report)
+        if self.images is not None:
+            for s in samples:
+                write_image(self.images / f"{s.index:05d}.png", s.image)
         _say({k: v for k, v in report.items() if k != "images"})

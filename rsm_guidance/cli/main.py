@@ -1,5 +1,6 @@
 """`rsm-guidance`: the command line.  Exit code 2 and one sentence on bad input, 130 on Ctrl-C."""
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -31,6 +32,7 @@ def _parse(arguments: list[str]) -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; exits with 0, 2 (bad input) or 130 (interrupted)."""
+    sys.path.insert(0, os.getcwd())  # so that --reward my_module:function finds a module in this folder
     try:
         from transformers.utils import logging as transformers_logging
 

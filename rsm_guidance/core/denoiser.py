@@ -49,6 +49,11 @@ class Value(Protocol):
         """Cost of judging one latent, as a share of one denoiser evaluation."""
         ...
 
+    @property
+    def reward_calls_per_row(self) -> int:
+        """Images that judging one latent decodes and shows to a reward (0 for a model of the latents themselves)."""
+        ...
+
     def __call__(self, x: Tensor, level: int, rows: Tensor, prediction: Prediction | None = None) -> Tensor:
         """Scores [R], higher is better, for latents x [R, ...] at a level in 0..N (N is clean)."""
         ...

@@ -81,8 +81,12 @@ class Ledger:
         return self.budget.seconds is not None and self.seconds >= self.budget.seconds
 
     def stop(self, why: str) -> None:
-        """Note the first reason why the run ended early ("budget", "deadline", "interrupted")."""
-        self.stopped = self.stopped or why
+        """Note why the run ended early: "budget", "deadline" or "interrupted".
+
+        The first reason stays, but for a budget that only thinned the search: what cut the run off replaces it.
+        """
+        if self.stopped in (None, "budget"):
+            self.stopped = why
 
     def finish(self) -> None:
         """Stop the clock and read the peak memory: of the accelerator if one is used, else of the process."""

@@ -47,6 +47,7 @@ class PipelineDenoiser:
         self._level = 0
         self._sample: Tensor | None = None
         self._step: Step | None = None
+        self._version = 0
 
     # --- Denoiser ---
 
@@ -114,8 +115,11 @@ class PipelineDenoiser:
 
     def _step_at(self, x: Tensor, level: int, rows: tuple[int, ...]) -> Step:
         going_on = self._loop is not None and self._loop.alive and rows == self._rows
-        if going_on and level == self._level and x is self._sample:
-            return self._step or self._advance(None)
+        if going_on and level == self._level and x is self._sample and self._step is None:
+            return self._advance(None)
+        if going_on and level == self._level and x is self._sample and self._still_holds(x):
+            assert self._step is not None
+            return self._step
         if going_on and level == self._level + 1 and self._step is not None:
             return self._advance(x)
         call = self._without_conditioning() | {"latents": x, "prompt": [self.prompts[r] for r in rows]}
@@ -151,8 +155,14 @@ class PipelineDenoiser:
         self._per_row = (self._loop.evaluations - before) / len(pause.sample)
         if x is not None:
             self._level, self._sample = self._level + 1, x
-        self._step = pause
+        self._step, self._version = pause, self._sample._version
         return pause
+
+    def _still_holds(self, x: Tensor) -> bool:
+        """Whether what was computed for x is what would be computed now: x unchanged, and a graph where one is due."""
+        assert self._step is not None
+        graph_due = torch.is_grad_enabled() and x.requires_grad
+        return x._version == self._version and graph_due == self._step.model_output.requires_grad
 
     def _resume(self, x: Tensor | None) -> Pause:
         assert self._loop is not None

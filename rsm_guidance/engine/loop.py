@@ -58,12 +58,20 @@ class _FastForward:
         return self.left >= 0
 
 
-def _exchange(target: object, attributes: dict[str, Any]) -> dict[str, Any]:
-    """Replace an object's attributes and return what it had."""
-    current = dict(vars(target))
-    vars(target).clear()
-    vars(target).update(attributes)
-    return current
+def _become(target: object, attributes: dict[str, Any]) -> None:
+    """Replace an object's attributes; complete at every moment, should a signal arrive in between."""
+    current = vars(target)
+    current.update(attributes)
+    for name in current.keys() - attributes.keys():
+        del current[name]
+
+
+def _denoiser_of(pipe: DiffusionPipeline) -> torch.nn.Module:
+    for name in ("transformer", "unet"):
+        module = getattr(pipe, name, None)
+        if isinstance(module, torch.nn.Module):
+            return module
+    raise ValueError(f"{type(pipe).__name__} has neither a transformer nor a unet to denoise with")
 
 
 class StockLoop:
@@ -85,6 +93,7 @@ class StockLoop:
         encode_prompt: Callable[..., Sequence[Tensor | None]] | None = None,
     ) -> None:
         self.pipe = pipe
+        self._denoiser = _denoiser_of(pipe)
         self.evaluations = 0
         self._latents: Tensor | None = None
         self._inner_pipe: dict[str, Any] = dict(vars(pipe))
@@ -143,25 +152,21 @@ class StockLoop:
 
     def resume(self, latents: Tensor | None = None) -> Pause:
         """Run to the next pause.  Exceptions of the stock call come through, and end the loop."""
-        scheduler = self.pipe.scheduler
-        outer_scheduler = _exchange(scheduler, self._inner_scheduler)
-        outer_pipe = _exchange(self.pipe, self._inner_pipe)
-        counter = self._denoiser().register_forward_pre_hook(self._count, with_kwargs=True)
+        pipe, scheduler = self.pipe, self.pipe.scheduler
+        outer_pipe, outer_scheduler = dict(vars(pipe)), dict(vars(scheduler))
+        counter = self._denoiser.register_forward_pre_hook(self._count, with_kwargs=True)
         self._greenlet.parent = getcurrent()
+        started = bool(self._greenlet)
         try:
-            started = bool(self._greenlet)
+            _become(pipe, self._inner_pipe)
+            _become(scheduler, self._inner_scheduler)
             pause: Pause = self._greenlet.switch(latents) if started else self._greenlet.switch()
         finally:
             counter.remove()
-            self._inner_pipe = _exchange(self.pipe, outer_pipe)
-            self._inner_scheduler = _exchange(scheduler, outer_scheduler)
+            self._inner_pipe, self._inner_scheduler = dict(vars(pipe)), dict(vars(scheduler))
+            _become(pipe, outer_pipe)
+            _become(scheduler, outer_scheduler)
         return pause
-
-    def _denoiser(self) -> torch.nn.Module:
-        module = getattr(self.pipe, "transformer", None) or getattr(self.pipe, "unet", None)
-        if not isinstance(module, torch.nn.Module):
-            raise ValueError(f"{type(self.pipe).__name__} has neither a transformer nor a unet to denoise with")
-        return module
 
     def _count(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         batch = args[0] if args else kwargs["hidden_states"]

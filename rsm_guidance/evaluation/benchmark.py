@@ -14,7 +14,16 @@ import torch
 from tqdm.auto import tqdm
 
 from rsm_guidance.evaluation.files import write_json
-from rsm_guidance.evaluation.generate import Generation, Sample, fit_to_budget, generate, load_pipeline, value_share
+from rsm_guidance.evaluation.generate import (
+    Generation,
+    Sample,
+    fingerprint,
+    fit_to_budget,
+    generate,
+    levels_of,
+    load_pipeline,
+    value_share,
+)
 from rsm_guidance.evaluation.statistics import mean_interval
 from rsm_guidance.samplers import BestOfN, Sampler, StepwiseSampling, Unguided
 from rsm_guidance.shapes import CATEGORIES, caption_set, model_path, parse_caption, verify
@@ -75,23 +84,24 @@ def run_samplers_benchmark(config: SamplersBenchmark) -> dict[str, Any]:
     if not isinstance(judge, DiffusionRewardModel):
         raise ValueError("the benchmark compares samplers guided by a diffusion reward model; pass one as reward")
     prompts = [c.text for c in caption_set(config.captions, 0)]
-    generation = Generation.for_model(model_path())
-    steps, share = generation.steps or 20, value_share(judge)
-    once = 2 * steps + share
+    generation = Generation.for_model(config.model)
+    schedule, per_level = levels_of(pipe, generation)
+    once = schedule.steps * per_level + value_share(judge)
     transition = config.stepwise.transition
     plan: dict[str, Sampler] = {"none": Unguided(transition), "none (ode)": Unguided()}
     for multiple in config.multiples:
         both: tuple[Sampler, ...] = (BestOfN(transition=transition), config.stepwise)
         for sampler in both:
-            plan[f"{sampler.name} {multiple:g}x"] = fit_to_budget(sampler, multiple * once, steps, 2.0, share)
+            plan[f"{sampler.name} {multiple:g}x"] = fit_to_budget(sampler, multiple * once, schedule, per_level, judge)
     settings = {
-        "captions": config.captions, "seed": config.seed, "steps": steps, "guidance_scale": generation.guidance_scale,
+        "captions": config.captions, "seed": config.seed, "steps": schedule.steps, "guidance_scale": generation.guidance_scale,
         "transition": [transition.kind, transition.noise], "autocast": config.autocast, "unguided_cost": once,
+        "denoiser": fingerprint(pipe.transformer), "judge": fingerprint(judge),
     }  # fmt: skip
     result: dict[str, Any] = {"settings": settings, "prompts": prompts, "runs": {}}
     if config.out.exists():
         found = json.loads(config.out.read_text())
-        if found["settings"] == settings:
+        if found.get("settings") == settings:
             result["runs"] = found["runs"]
     for label, sampler in plan.items():
         described = repr(sampler)

@@ -45,14 +45,16 @@ def write_json(path: Path, data: Any) -> None:
     write_atomically(path, lambda p: p.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8"))
 
 
-def write_image(path: Path, image: Image.Image) -> None:
-    """Write an image atomically, in the format its suffix names.
+def require_image_name(path: Path) -> Path:
+    """The path itself, if its suffix names an image format that can be written; checked like `require_writable`."""
+    Image.init()
+    if Image.EXTENSION.get(path.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"cannot write {path}: its ending names no image format; use .png")
+    return require_writable(path)
 
-    Raises:
-        ValueError: if the suffix names no image format.
-    """
-    if path.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"{path} does not end in the name of an image format; use .png")
+
+def write_image(path: Path, image: Image.Image) -> None:
+    """Write an image atomically, in the format its suffix names."""
     write_atomically(path, image.save)
 
 

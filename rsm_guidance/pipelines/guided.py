@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -99,6 +100,12 @@ def reward_guided(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
         shared: DiffusionPipeline = super(guided, cls).from_pipe(pipeline, **kwargs)  # type: ignore[misc]
         return shared
 
+    def save_pretrained(self: DiffusionPipeline, save_directory: str | Path, **kwargs: Any) -> None:
+        """Save under the stock class's name, so that the folder loads everywhere, with or without this package."""
+        super(guided, self).save_pretrained(save_directory, **kwargs)
+        index = Path(save_directory) / "model_index.json"
+        index.write_text(index.read_text().replace(f'"{guided.__name__}"', f'"{base.__name__}"'))
+
     guided: type[DiffusionPipeline] = type(
         f"RewardGuided{base.__name__}",
         (base,),
@@ -107,6 +114,7 @@ def reward_guided(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
             "__doc__": f"`{base.__name__}` that samples under reward guidance when given a `sampler`.",
             "__module__": __name__,
             "from_pipe": classmethod(from_pipe),
+            "save_pretrained": save_pretrained,
             "stock_call": stock_call,
         },
     )
@@ -124,6 +132,8 @@ def _call(
     seed: int | None,
     on_step: Callable[[Progress], None] | None,
 ) -> Any:
+    if sampler is not None:
+        _check_prompt(call)
     prompts = prompts_of(call)
     if seed is not None:
         if call.get("generator") is not None:
@@ -142,16 +152,18 @@ def _call(
             )
         return stock_call(pipe, **call)
     sampler = make_sampler(sampler) if isinstance(sampler, str) else sampler
-    _check_prompt(call)
     if seed is None:
         streams = RandomStreams.for_prompts(_fresh_seed(call.get("generator")), prompts)
+    judge = None if reward is None else load_judge(reward)
+    scorer = None if value is None else load_judge(value)
     caps = budget if isinstance(budget, Budget) else Budget(evaluations=budget)
     ledger = Ledger(caps, images=len(prompts))
     with torch.no_grad(), closing(PipelineDenoiser(pipe, call, ledger)) as denoiser:
         problem = Problem(denoiser, streams, ledger)
-        _set_judges(problem, reward, value)
+        _set_judges(problem, judge, scorer)
         output = _sample(pipe, sampler, problem, on_step)
         images = denoiser.finish(output.latents)
+    ledger.finish()
     output.trace["ledger"] = ledger.to_dict()  # now with the final decode
     if call.get("return_dict") is False:
         return images
@@ -183,12 +195,14 @@ def _sample(
             ) from interrupt
 
 
-def _set_judges(problem: Problem, reward: Judge | str | None, value: Judge | str | None) -> None:
+def _set_judges(problem: Problem, judge: Judge | None, value: Judge | None) -> None:
+    """Who judges what: the reward judges finished images, and noisy latents too unless a value model does."""
     denoiser, ledger = problem.denoiser, problem.ledger
-    judge = None if reward is None else load_judge(reward)
-    if judge is not None and not isinstance(judge, DiffusionRewardModel):
+    if isinstance(judge, DiffusionRewardModel):
+        problem.reward = judge.score_images if value is not None else None  # alone it scores the latents, undecoded
+    else:
         problem.reward = judge
-    scorer = judge if value is None else load_judge(value)
+    scorer = judge if value is None else value
     if isinstance(scorer, DiffusionRewardModel):
         problem.value = DRMValue(scorer, denoiser.schedule, denoiser.prompts, ledger)
     elif scorer is not None:
@@ -202,6 +216,8 @@ def _check_prompt(call: dict[str, Any]) -> None:
         if call.get("prompt_embeds") is not None:
             raise ValueError("guided sampling needs the prompt as text, to key its random numbers and to score images")
         raise ValueError("no prompt was given; pass prompt='...'")
+    if not isinstance(prompt, str | list | tuple) or len(prompt) == 0 and not isinstance(prompt, str):
+        raise ValueError(f"a prompt must be text or a list of texts; got {prompt!r}")
     for p in [prompt] if isinstance(prompt, str) else prompt:
         if not isinstance(p, str):
             raise ValueError(f"a prompt must be text; got {type(p).__name__}")

@@ -1,9 +1,9 @@
 """Rewards on finished images; `REWARDS` names the built-in ones."""
 
 from rsm_guidance.core.denoiser import Reward
-from rsm_guidance.rewards.base import RewardError, checked_scores, import_object, name_of
+from rsm_guidance.rewards.base import RewardError, checked_scores, import_object, judged, name_of
 from rsm_guidance.rewards.shapes import shapes_verifier
 
 REWARDS: dict[str, Reward] = {"shapes-verifier": shapes_verifier}
 
-__all__ = ["REWARDS", "RewardError", "checked_scores", "import_object", "name_of", "shapes_verifier"]
+__all__ = ["REWARDS", "RewardError", "checked_scores", "judged", "import_object", "name_of", "shapes_verifier"]

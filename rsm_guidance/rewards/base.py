@@ -1,6 +1,7 @@
 """Rewards: plain functions `(images [B, 3, H, W] in [0, 1], prompts) -> scores [B]`, higher is better."""
 
 import importlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -32,6 +33,21 @@ def checked_scores(scores: object, count: int, name: str) -> Tensor:
     return tensor
 
 
+def judged(call: Callable[[], object], count: int, name: str) -> Tensor:
+    """Run a reward and check what it returns; float64 [count].
+
+    Raises:
+        RewardError: if it fails, or returns anything but one finite score per item.
+    """
+    try:
+        scores = call()
+    except RewardError:
+        raise
+    except Exception as error:
+        raise RewardError(f"{name} failed: {type(error).__name__}: {error}") from error
+    return checked_scores(scores, count, name)
+
+
 def name_of(judge: object) -> str:
     """How error messages and reports call a reward: its function or class name."""
     return getattr(judge, "name", None) or getattr(judge, "__name__", None) or type(judge).__name__
@@ -46,5 +62,5 @@ def import_object(path: str) -> object:
     module, _, name = path.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"cannot import {path!r}: {error}") from error
+    except Exception as error:  # the module is the user's, and may fail in any way
+        raise ValueError(f"cannot import {path!r}: {type(error).__name__}: {error}") from error

@@ -13,7 +13,7 @@ from rsm_guidance.core.ledger import Ledger
 from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.core.schedule import Prediction
 from rsm_guidance.core.transitions import Gaussian
-from rsm_guidance.rewards import RewardError, checked_scores, name_of
+from rsm_guidance.rewards import judged, name_of
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,13 @@ class Problem:
         """Denoiser evaluations for judging one finished image."""
         return self.value.evaluations_per_row if self.reward is None and self.value is not None else 0.0
 
+    @property
+    def final_calls(self) -> int:
+        """Reward calls, each with a decode, for judging one finished image."""
+        if self.reward is not None:
+            return 1
+        return 0 if self.value is None else self.value.reward_calls_per_row
+
     def values(self, x: Tensor, level: int, rows: Tensor) -> Tensor:
         """Checked scores [R], float64, of latents at a level.
 
@@ -72,7 +79,7 @@ class Problem:
         """
         value = self.value
         assert value is not None
-        return _judged(lambda: value(x, level, rows), len(x), name_of(value))
+        return judged(lambda: value(x, level, rows), len(x), name_of(value))
 
     def final_rewards(self, x0: Tensor, rows: Tensor) -> Tensor | None:
         """Checked scores [R] of finished latents by the reward, else by the value at the clean level; None without."""
@@ -80,7 +87,7 @@ class Problem:
         if reward is not None:
             self.ledger.reward_calls += len(x0)
             prompts = [self.denoiser.prompts[r] for r in rows.tolist()]
-            return _judged(lambda: reward(self.denoiser.decode(x0), prompts), len(x0), name_of(reward))
+            return judged(lambda: reward(self.denoiser.decode(x0), prompts), len(x0), name_of(reward))
         if self.value is not None:
             return self.values(x0, self.denoiser.schedule.steps, rows)
         return None
@@ -94,7 +101,14 @@ class Problem:
         """Raise a ValueError if the budget does not reach for one unguided image."""
         schedule, cost = self.denoiser.schedule, self.denoiser.evaluations_per_row
         needed = schedule.steps * cost + self.final_cost
-        cap = self.ledger.budget.evaluations
+        budget = self.ledger.budget
+        for cap, calls, what in (
+            (budget.reward_calls, self.final_calls, "reward calls"),
+            (budget.decodes, self.final_calls + 1, "decodes"),
+        ):
+            if cap is not None and calls > cap:
+                raise ValueError(f"a budget of {cap:g} {what} is too small: one finished image takes {calls}; raise it")
+        cap = budget.evaluations
         if cap is not None and needed > cap + 1e-6:
             raise ValueError(
                 f"a budget of {cap:g} denoiser evaluations cannot finish one image: {schedule.steps} steps at {cost:g} "
@@ -127,16 +141,6 @@ class Problem:
         if self.progress is not None:
             b = self.count
             self.progress(Progress(level + 1, self.denoiser.schedule.steps, prediction.x0[:b].detach(), scores))
-
-
-def _judged(call: Callable[[], object], count: int, name: str) -> Tensor:
-    try:
-        scores = call()
-    except (KeyboardInterrupt, RewardError):
-        raise
-    except Exception as error:
-        raise RewardError(f"{name} failed: {type(error).__name__}: {error}") from error
-    return checked_scores(scores, count, name)
 
 
 @dataclass
@@ -181,8 +185,18 @@ def new_trace(sampler: Any, problem: Problem) -> dict[str, Any]:
     }
 
 
-def finished(problem: Problem, latents: Tensor, rewards: Tensor | None, trace: dict[str, Any]) -> SamplerOutput:
-    """Close the books of a greedy or unguided run."""
+def finished(
+    problem: Problem, latents: Tensor, trace: dict[str, Any], rewards: Tensor | None = None
+) -> SamplerOutput:
+    """Close the books of a greedy or unguided run; judges the latents if they have not been.
+
+    A second Ctrl-C during that judgement leaves the latents without rewards.
+    """
+    if rewards is None:
+        try:
+            rewards = problem.final_rewards(latents, problem.rows)
+        except KeyboardInterrupt:
+            problem.ledger.stop("interrupted")
     problem.ledger.finish()
     trace["rewards"] = None if rewards is None else rewards.tolist()
     trace["ledger"] = problem.ledger.to_dict()

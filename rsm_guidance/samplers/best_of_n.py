@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rsm_guidance.core.transitions import Transition
-from rsm_guidance.samplers.base import Interrupted, Problem, SamplerOutput, finished, new_trace
+from rsm_guidance.samplers.base import Interrupted, Problem, SamplerOutput, finished, interruptible, new_trace
 from rsm_guidance.samplers.rollout import Rollout
 
 
@@ -46,27 +46,24 @@ class BestOfN:
             rollout = Rollout(problem, self.transition, candidates)
             try:
                 x0 = rollout.run()
-                scores = problem.final_rewards(x0, rollout.rows)
+                with interruptible(problem):
+                    scores = problem.final_rewards(x0, rollout.rows)
             except Interrupted:
-                if latents:
-                    break
-                if rollout.estimate is None:
-                    raise
-                x0 = rollout.estimate.x0
-                scores = problem.final_rewards(x0, rollout.rows)
-                candidates = candidates[:1] if scores is None else candidates
+                if not latents:  # not one sample is finished: the first estimate is the best so far
+                    if rollout.estimate is None:
+                        raise
+                    latents = [rollout.estimate.x0[: problem.count]]
+                break
             latents += list(torch.split(x0, problem.count))
             if scores is not None:
                 rewards += list(torch.split(scores, problem.count))
-            if problem.ledger.stopped in ("interrupted", "deadline"):
-                break
         if not rewards:
-            return finished(problem, latents[0], None, trace)
+            return finished(problem, latents[0], trace)
         table = torch.stack(rewards)  # [N, B]
         best = table.argmax(0)
         trace["candidates"] = {"rewards": table.T.tolist(), "chosen": best.tolist()}
         chosen = torch.stack(latents)[best, problem.rows]
-        return finished(problem, chosen, table[best, problem.rows], trace)
+        return finished(problem, chosen, trace, table[best, problem.rows])
 
     def _batches(self, problem: Problem) -> list[list[int]]:
         """Candidates in batches of at most `batch_rows` latents, as many as the budget reaches for.
@@ -74,12 +71,12 @@ class BestOfN:
         Candidate 0 runs alone: it is then the unguided sample to the last bit, which a larger batch would round otherwise.
         """
         count = self.candidates
-        cap = problem.ledger.budget.evaluations
-        if cap is not None:
-            denoiser = problem.denoiser
-            each = denoiser.schedule.steps * denoiser.evaluations_per_row + problem.final_cost
-            if math.floor(cap / each + 1e-9) < count:
-                count = math.floor(cap / each + 1e-9)
+        denoiser, budget = problem.denoiser, problem.ledger.budget
+        each = denoiser.schedule.steps * denoiser.evaluations_per_row + problem.final_cost
+        calls = problem.final_calls
+        for cap, cost, fixed in ((budget.evaluations, each, 0), (budget.reward_calls, calls, 0), (budget.decodes, calls, 1)):
+            if cap is not None and cost and (cap - fixed) / cost + 1e-9 < count:
+                count = math.floor((cap - fixed) / cost + 1e-9)
                 problem.ledger.stop("budget")
         size = max(1, self.batch_rows // problem.count)
         return [[0], *(list(range(start, min(start + size, count))) for start in range(1, count, size))]

@@ -74,4 +74,4 @@ class Unguided:
             if rollout.estimate is None:
                 raise
             x0 = rollout.estimate.x0
-        return finished(problem, x0, problem.final_rewards(x0, problem.rows), trace)
+        return finished(problem, x0, trace)

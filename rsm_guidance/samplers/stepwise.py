@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from rsm_guidance.core.schedule import Prediction
+from rsm_guidance.core.schedule import NoiseSchedule, Prediction
 from rsm_guidance.core.transitions import Transition
 from rsm_guidance.core.weights import choose
 from rsm_guidance.samplers.base import (
@@ -91,7 +91,14 @@ class StepwiseSampling:
             if estimate is None:
                 raise
             x = estimate.x0
-        return finished(problem, x, problem.final_rewards(x, problem.rows), trace)
+        return finished(problem, x, trace)
+
+    def competes(self, schedule: NoiseSchedule, level: int) -> bool:
+        """Whether the children of `level` compete: they lie inside the window and the step is not deterministic."""
+        if self.transition.kind == "ode" or level + 1 == schedule.steps:
+            return False
+        low, high = self.window
+        return low <= float(schedule.sigma[level + 1] / schedule.sigma[0]) <= high
 
     def _affordable(self, problem: Problem, level: int, count: int) -> bool:
         """Whether `count` scores per image leave enough to finish the remaining levels."""
@@ -99,7 +106,10 @@ class StepwiseSampling:
         if count == 1 or value is None:
             return False
         rest = (denoiser.schedule.steps - level) * denoiser.evaluations_per_row + problem.final_cost
-        if problem.ledger.affords((rest + count * value.evaluations_per_row) * problem.count):
+        calls = count * value.reward_calls_per_row + problem.final_calls
+        if problem.ledger.affords(
+            (rest + count * value.evaluations_per_row) * problem.count, calls * problem.count, (calls + 1) * problem.count
+        ):
             return True
         problem.ledger.stop("budget")
         return False
@@ -116,8 +126,7 @@ class StepwiseSampling:
     ) -> tuple[Tensor, Tensor | None]:
         """The next latents [B, ...] and the scores [B, K] of the children, if they competed."""
         schedule = problem.denoiser.schedule
-        top = float(schedule.sigma[0])
-        inside = self.window[0] * top <= float(schedule.sigma[level + 1]) <= self.window[1] * top
+        inside = self.competes(schedule, level)
         transition = self.transition if inside or self.outside == "same" else Transition("ode")
         gaussian = transition(estimate, schedule, level, level + 1)
         if not inside or gaussian.std == 0 or not self._affordable(problem, level + 1, self.candidates):

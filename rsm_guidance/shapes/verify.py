@@ -90,7 +90,7 @@ def see(image: np.ndarray) -> list[Seen]:
             if area < _MIN_AREA or min(mask.shape) < 5:
                 continue  # anti-aliased rims between two colours
             coverage = np.where(ndimage.binary_fill_holes(mask), np.clip(along[box][..., index], 0, 1), 0)
-            normal = _normalise(_enlarge(coverage))
+            normal = _normalise(_enlarge(coverage / coverage.max()))  # pale objects have outlines too
             iou, shape = max(((normal & t).sum() / (normal | t).sum(), name) for name, t in _templates())
             aspect = mask.shape[0] / mask.shape[1]
             named = iou >= _MIN_IOU and 0.6 < aspect < 1.67

@@ -19,6 +19,7 @@ class DRMValue:
     schedule: NoiseSchedule
     prompts: list[str]
     ledger: Ledger
+    reward_calls_per_row = 0
 
     @property
     def evaluations_per_row(self) -> float:
@@ -43,6 +44,7 @@ class TweedieValue:
     denoiser: Denoiser
     reward: Reward
     ledger: Ledger
+    reward_calls_per_row = 1
 
     @property
     def evaluations_per_row(self) -> float:

@@ -1,6 +1,8 @@
 """The command line: real commands, files it writes, and one clear sentence with exit code 2 on bad input."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +119,7 @@ def test_evaluate_is_independent_of_the_batch_size(tmp_path: Path, capsys: pytes
         (["sample", "a star", "--window", "0.9", "0.1"], "window must be (low, high)"),
         (["sample", "a star", "--budget", "5"], "cannot finish one image"),
         (["sample", "a star", "--steps", "0"], "--steps must be at least 1"),
+        (["sample", "a star", "--out", "out.xyz"], "names no image format"),
         (["sample", "a star", "--out", "/proc/nowhere/out.png"], "cannot write /proc/nowhere/out.png"),
         (["sample", "a star", "--model", "/no/such/model"], "cannot load a pipeline from '/no/such/model'"),
         (["sample", "a star", "--reward", f"{__name__}:nan_reward", "--steps", "3"], "nan_reward returned nan"),
@@ -157,6 +160,59 @@ def test_config_file_is_overridden_by_options(tmp_path: Path) -> None:
         with_config(["--config", str(config)])
 
 
+def test_corrupt_weights_of_a_pipeline_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from rsm_guidance.shapes import model_path
+
+    model = tmp_path / "model"
+    shutil.copytree(model_path(), model)
+    weights = model / "text_encoder" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "cannot load a pipeline" in fails(capsys, ["sample", "a star", "--model", str(model)])
+
+
+def test_ctrl_c_ends_a_batch_command_without_a_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rsm_guidance.samplers import rollout
+
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out.json"
+    prompts.write_text("a red star\na blue circle\n")
+    calls = []
+
+    def interrupted(problem: object) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(rollout, "check_deadline", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", "--prompts", str(prompts), "--json", str(out), "--steps", "6"])
+    assert stop.value.code == 130 and len(calls) == 3 and not out.exists()
+
+
+def test_repeated_prompts_are_independent_of_the_batch_size(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red star\na red star\na blue circle\na red star\n")
+    kept = []
+    for size in ("1", "4"):
+        main(["evaluate", "--prompts", str(prompts), "--json", str(tmp_path / "x.json"), "--steps", "4"]
+             + ["--reward", "shapes-verifier", "--batch-size", size, "--images", str(tmp_path / size)])  # fmt: skip
+        kept.append([np.array(Image.open(tmp_path / size / f"0000{i}.png")).astype(int) for i in range(4)])
+    assert max(np.abs(a - b).max() for a, b in zip(*kept, strict=True)) <= 1
+    assert np.abs(kept[0][0] - kept[0][1]).max() > 20 and np.abs(kept[0][1] - kept[0][3]).max() > 20
+
+
+def test_a_reward_in_the_current_folder_is_found(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def size(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "a.png")
+    command = [shutil.which("rsm-guidance") or "rsm-guidance", "score", "a.png", "--prompt", "x", "--reward"]
+    done = subprocess.run([*command, "mine:size"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert lines(done.stdout)[0]["score"] == 1.0
+    done = subprocess.run([*command, "broken:size"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "cannot import 'broken:size': ZeroDivisionError" in done.stderr
+
+
 @pytest.mark.slow
 def test_help_of_the_installed_program() -> None:
     for arguments in (
@@ -172,4 +228,5 @@ def test_help_of_the_installed_program() -> None:
             [sys.executable, "-m", "rsm_guidance", *arguments, "--help"], capture_output=True, text=True, check=True
         )
         assert "usage" in done.stdout.lower()
-        assert not arguments or f"rsm-guidance {' '.join(arguments)}" in done.stdout, "help shows an example"
+        name = " ".join(arguments)
+        assert not arguments or re.search(rf'rsm-guidance {name} ("|out|--pipeline|--config|--out)', done.stdout), name

@@ -54,7 +54,7 @@ def test_sharing_and_saving(stock: StableDiffusion3Pipeline, tmp_path: Path) -> 
     assert guided.transformer is stock.transformer and stock.dtype == torch.float32
     guided.save_pretrained(tmp_path)
     reference = stock(**CALL, generator=torch.Generator().manual_seed(0)).images
-    for cls in (rg.RewardGuidedStableDiffusion3Pipeline, StableDiffusion3Pipeline):
+    for cls in (rg.RewardGuidedStableDiffusion3Pipeline, StableDiffusion3Pipeline, DiffusionPipeline):
         again = cls.from_pretrained(tmp_path)
         again.set_progress_bar_config(disable=True)
         assert np.array_equal(again(**CALL, generator=torch.Generator().manual_seed(0)).images, reference)
@@ -80,7 +80,9 @@ def test_plain_call_is_not_slowed_by_a_missing_third_text_encoder(stock: StableD
     ("extra", "message"),
     [
         ({"prompt": "", "sampler": "none"}, "the prompt is empty"),
-        ({"prompt": 3, "sampler": "none"}, None),
+        ({"prompt": 3, "sampler": "none"}, "text or a list of texts; got 3"),
+        ({"prompt": [], "sampler": "none"}, "text or a list of texts"),
+        ({"prompt": None, "sampler": "none"}, "no prompt was given"),
         ({"prompt": ["a", 3], "sampler": "none"}, "a prompt must be text; got int"),
         ({"sampler": "magic"}, "unknown sampler 'magic'; choose one of none, best-of-n, stepwise"),
         ({"sampler": "stepwise"}, "pass a diffusion reward model"),
@@ -95,6 +97,22 @@ def test_plain_call_is_not_slowed_by_a_missing_third_text_encoder(stock: StableD
 def test_bad_input(guided: DiffusionPipeline, extra: dict[str, object], message: str | None) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         guided(**(CALL | extra))
+
+
+def test_a_reward_beside_a_value_model_judges_the_finished_image(
+    guided: DiffusionPipeline, drm: rg.DiffusionRewardModel
+) -> None:
+    def blueness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        return images[:, 2].mean((1, 2))
+
+    sampler = rg.StepwiseSampling(2, CPS)
+    by_drm = guided(**CALL, seed=0, sampler=sampler, reward=drm)
+    mixed = guided(**CALL, seed=0, sampler=sampler, reward=blueness, value=drm)
+    assert np.array_equal(by_drm.images, mixed.images)
+    assert mixed.rewards[0] == pytest.approx(mixed.images[0, ..., 2].mean(), rel=1e-4)
+    turned = guided(**CALL, seed=0, sampler=sampler, reward=drm, value=blueness)
+    pixels = torch.from_numpy(turned.images).permute(0, 3, 1, 2)
+    assert turned.rewards[0] == pytest.approx(drm.score_images(pixels, ["a red star"]).item(), rel=1e-3)
 
 
 @pytest.mark.parametrize("sampler", [rg.StepwiseSampling, rg.BestOfN])
@@ -155,14 +173,30 @@ def test_a_real_signal_in_the_middle(guided: DiffusionPipeline, drm: rg.Diffusio
 
 
 def test_deadline_returns_the_best_so_far(guided: DiffusionPipeline, drm: rg.DiffusionRewardModel) -> None:
-    call = CALL | {"num_inference_steps": 400}
-    out = guided(**call, seed=0, sampler=rg.StepwiseSampling(2, CPS), reward=drm, budget=rg.Budget(seconds=0.4))
-    assert out.ledger.stopped == "deadline" and out.ledger.seconds < 5
+    call = CALL | {"num_inference_steps": 1000}
+    out = guided(**call, seed=0, sampler=rg.StepwiseSampling(2, CPS), reward=drm, budget=rg.Budget(seconds=2))
+    assert out.ledger.stopped == "deadline" and out.ledger.seconds < 8
 
 
 def test_budget_caps_evaluations_through_the_pipeline(guided: DiffusionPipeline, drm: rg.DiffusionRewardModel) -> None:
     out = guided(**CALL, seed=0, sampler=rg.StepwiseSampling(8, CPS), reward=drm, budget=16.0)
     assert 8 < out.ledger.evaluations <= 16 and out.ledger.stopped == "budget"
+
+
+@pytest.mark.parametrize("sampler", [rg.StepwiseSampling(3, CPS), rg.BestOfN(6, CPS)], ids=["stepwise", "best-of-n"])
+def test_caps_on_decodes_and_reward_calls(guided: DiffusionPipeline, sampler: object) -> None:
+    calls = []
+
+    def redness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        calls.extend(prompts)
+        return images[:, 0].mean((1, 2))
+
+    out = guided(**CALL, seed=0, sampler=sampler, reward=redness, budget=rg.Budget(reward_calls=4))
+    assert len(calls) == out.ledger.reward_calls == 4 and out.ledger.stopped == "budget"
+    out = guided(**CALL, seed=0, sampler=sampler, reward=redness, budget=rg.Budget(decodes=5))
+    assert 4 <= out.ledger.decodes <= 5 and out.ledger.stopped == "budget"
+    with pytest.raises(ValueError, match="one finished image takes 2"):
+        guided(**CALL, seed=0, sampler=sampler, reward=redness, budget=rg.Budget(decodes=1))
 
 
 def test_output_forms(guided: DiffusionPipeline, drm: rg.DiffusionRewardModel) -> None:

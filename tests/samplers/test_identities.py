@@ -57,6 +57,18 @@ def test_constant_reward_changes_nothing(guided: DiffusionPipeline, sampler: Sam
     assert np.array_equal(images(guided, PROMPTS[:1], seed=2, sampler=sampler, reward=constant), reference)
 
 
+@pytest.mark.parametrize("sampler", [rg.Unguided(CPS), rg.BestOfN(2, CPS), rg.StepwiseSampling(2, CPS, temperature=1.0)])
+def test_a_seeded_call_leaves_the_global_generator_alone(
+    guided: DiffusionPipeline, drm: rg.DiffusionRewardModel, sampler: Sampler
+) -> None:
+    torch.manual_seed(11)
+    state = torch.get_rng_state()
+    first = images(guided, seed=3, sampler=sampler, reward=drm)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    assert np.array_equal(images(guided, seed=3, sampler=sampler, reward=drm), first)
+
+
 def as_bytes(batch: np.ndarray) -> np.ndarray:
     return (batch * 255).round().astype(np.int16)
 

@@ -21,6 +21,7 @@ class ExactValue:
     """V(x_t) = log E[exp(r(x0)) | x_t] in closed form."""
 
     evaluations_per_row = 0.5
+    reward_calls_per_row = 0
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger

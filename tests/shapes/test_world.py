@@ -86,6 +86,17 @@ def test_verifier_is_strict_on_colour_count_and_relation_and_tolerates_sloppy_ou
     assert verify(np.full((64, 64, 3), 240, np.uint8), "a red circle").score == 0
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.0, 1.0))
+def test_no_image_breaks_the_verifier(seed: int, strength: float) -> None:
+    """Pale, blurred and noisy images are judged, not refused."""
+    rng = np.random.default_rng(seed)
+    clean = render_spec(random_caption("counting", random.Random(seed)).spec, random.Random(seed)).astype(float)
+    pale = 244 + strength * (clean - 244) + rng.normal(0, 40 * (1 - strength), clean.shape)
+    verdict = verify(pale.clip(0, 255).round().astype(np.uint8), "two red circles and a blue square")
+    assert 0 <= verdict.score <= 1
+
+
 def test_caption_sets_are_unique_disjoint_and_reproducible() -> None:
     held, train = caption_set(512), caption_set(3000, held_out=False)
     assert len({c.text for c in held}) == 512

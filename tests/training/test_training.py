@@ -130,6 +130,8 @@ def test_groups_are_made_once(stock: StableDiffusion3Pipeline, tmp_path: Path, m
     monkeypatch.setattr("rsm_guidance.training.preferences.sample_groups", None)
     again = generate_groups(stock, captions, TINY, tmp_path, 0, "samples")
     assert torch.equal(first.scores, again.scores) and first.prompts == again.prompts
+    with pytest.raises(ValueError, match="made with other settings"):
+        generate_groups(stock, captions[:5], TINY, tmp_path, 0, "samples")
 
 
 @pytest.mark.slow

@@ -277,4 +277,5 @@ class DiffusionRewardModel(nn.Module, ModelHubMixin, library_name="rsm-guidance"
 
 def load_backbone(name: str) -> DiffusionPipeline:
     """The pipeline a checkpoint names as its backbone."""
-    return StableDiffusion3Pipeline.from_pretrained(model_path() if name == SHAPES_BACKBONE else name)
+    pipe = StableDiffusion3Pipeline.from_pretrained(model_path() if name == SHAPES_BACKBONE else name)
+    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")

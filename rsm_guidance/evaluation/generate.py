@@ -59,7 +59,9 @@ def load_pipeline(model: str, dtype: str = "float32") -> DiffusionPipeline:
         ValueError: if there is no such model, or its pipeline cannot be guided.
     """
     if not Path(model).is_dir() and not (model.count("/") == 1 and model[0] not in "./~"):
-        raise ValueError(f"cannot load a pipeline from {model!r}: there is no such folder, and it is no hub id (org/name)")
+        raise ValueError(
+            f"cannot load a pipeline from {model!r}: there is no such folder, and it is no hub id (org/name)"
+        )
     try:
         config = DiffusionPipeline.load_config(model)
         name = config["_class_name"]

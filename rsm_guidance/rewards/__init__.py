@@ -6,4 +6,4 @@ from rsm_guidance.rewards.shapes import shapes_verifier
 
 REWARDS: dict[str, Reward] = {"shapes-verifier": shapes_verifier}
 
-__all__ = ["REWARDS", "RewardError", "checked_scores", "judged", "import_object", "name_of", "shapes_verifier"]
+__all__ = ["REWARDS", "RewardError", "checked_scores", "import_object", "judged", "name_of", "shapes_verifier"]

@@ -185,9 +185,7 @@ def new_trace(sampler: Any, problem: Problem) -> dict[str, Any]:
     }
 
 
-def finished(
-    problem: Problem, latents: Tensor, trace: dict[str, Any], rewards: Tensor | None = None
-) -> SamplerOutput:
+def finished(problem: Problem, latents: Tensor, trace: dict[str, Any], rewards: Tensor | None = None) -> SamplerOutput:
     """Close the books of a greedy or unguided run; judges the latents if they have not been.
 
     A second Ctrl-C during that judgement leaves the latents without rewards.

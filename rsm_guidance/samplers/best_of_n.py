@@ -74,7 +74,11 @@ class BestOfN:
         denoiser, budget = problem.denoiser, problem.ledger.budget
         each = denoiser.schedule.steps * denoiser.evaluations_per_row + problem.final_cost
         calls = problem.final_calls
-        for cap, cost, fixed in ((budget.evaluations, each, 0), (budget.reward_calls, calls, 0), (budget.decodes, calls, 1)):
+        for cap, cost, fixed in (
+            (budget.evaluations, each, 0),
+            (budget.reward_calls, calls, 0),
+            (budget.decodes, calls, 1),
+        ):
             if cap is not None and cost and (cap - fixed) / cost + 1e-9 < count:
                 count = math.floor((cap - fixed) / cost + 1e-9)
                 problem.ledger.stop("budget")

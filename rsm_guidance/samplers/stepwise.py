@@ -108,7 +108,9 @@ class StepwiseSampling:
         rest = (denoiser.schedule.steps - level) * denoiser.evaluations_per_row + problem.final_cost
         calls = count * value.reward_calls_per_row + problem.final_calls
         if problem.ledger.affords(
-            (rest + count * value.evaluations_per_row) * problem.count, calls * problem.count, (calls + 1) * problem.count
+            (rest + count * value.evaluations_per_row) * problem.count,
+            calls * problem.count,
+            (calls + 1) * problem.count,
         ):
             return True
         problem.ledger.stop("budget")

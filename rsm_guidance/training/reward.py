@@ -60,12 +60,12 @@ class RewardTrainConfig:
     adaptation: Adaptation = "full"
     lora_rank: int = 16
     head_width: int = 64
-    steps: int = 1400
+    steps: int = 1500
     batch_groups: int = 12
     lr: float = 1.5e-3
     weight_decay: float = 0.05
     sibling_weight: float = 1.0
-    evaluate_every: int = 200
+    evaluate_every: int = 250
     seed: int = 0
 
     def __post_init__(self) -> None:

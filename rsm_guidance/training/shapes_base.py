@@ -5,6 +5,7 @@ it, tokens of a middle block predict the object they belong to (colour, shape, o
 head is thrown away.  This auxiliary objective is ours.
 """
 
+import json
 import os
 import random
 import shutil
@@ -210,9 +211,12 @@ def save_half(pipe: StableDiffusion3Pipeline, folder: Path) -> str:
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipe.to(dtype=torch.float16).save_pretrained(partial)
-    for config in partial.glob("text_encoder*/config.json"):
-        # transformers loads in the dtype that the config names, diffusers in float32: let them agree
-        config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+    for path in partial.rglob("*.json"):
+        settings = json.loads(path.read_text())
+        settings.pop("_name_or_path", None)  # where it was trained concerns nobody
+        if settings.get("dtype") == "float16":
+            settings["dtype"] = "float32"  # transformers loads in this dtype, diffusers in float32: let them agree
+        path.write_text(json.dumps(settings, indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
     return str(folder)

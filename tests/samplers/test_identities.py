@@ -57,7 +57,9 @@ def test_constant_reward_changes_nothing(guided: DiffusionPipeline, sampler: Sam
     assert np.array_equal(images(guided, PROMPTS[:1], seed=2, sampler=sampler, reward=constant), reference)
 
 
-@pytest.mark.parametrize("sampler", [rg.Unguided(CPS), rg.BestOfN(2, CPS), rg.StepwiseSampling(2, CPS, temperature=1.0)])
+@pytest.mark.parametrize(
+    "sampler", [rg.Unguided(CPS), rg.BestOfN(2, CPS), rg.StepwiseSampling(2, CPS, temperature=1.0)]
+)
 def test_a_seeded_call_leaves_the_global_generator_alone(
     guided: DiffusionPipeline, drm: rg.DiffusionRewardModel, sampler: Sampler
 ) -> None:

@@ -56,6 +56,8 @@ class SamplerOptions:
     """stepwise: noise levels LOW HIGH in [0, 1] where children compete."""
     initial_candidates: int | None = None
     """stepwise: initial noises that compete."""
+    trajectories: int | None = None
+    """stepwise: independent runs, of which the final judge picks one."""
     temperature: float | None = None
     """stepwise: 0 keeps the best child, above 0 draws one by softmax(score / temperature)."""
 

@@ -5,7 +5,7 @@ Every sampler steps with the same transition and starts from the same noise, so 
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class SamplersBenchmark:
         out: JSON file for the result; finished runs found in it are not repeated.
         captions: number of unique held-out captions.
         multiples: budgets as multiples of an unguided image's cost.
+        two_runs: budgets, at least 3, at which step-wise sampling also runs two trajectories.
         stepwise: settings of step-wise sampling; its transition is everyone's.
         model: folder of the pipeline.
         reward: the judge that guides.
@@ -49,6 +50,7 @@ class SamplersBenchmark:
     out: Path = Path("benchmarks/samplers.json")
     captions: int = 512
     multiples: tuple[float, ...] = (2.0, 4.0, 8.0)
+    two_runs: tuple[float, ...] = (4.0,)
     stepwise: StepwiseSampling = StepwiseSampling()
     model: str = model_path()
     reward: str = "shapes-drm"
@@ -93,6 +95,9 @@ def run_samplers_benchmark(config: SamplersBenchmark) -> dict[str, Any]:
         both: tuple[Sampler, ...] = (BestOfN(transition=transition), config.stepwise)
         for sampler in both:
             plan[f"{sampler.name} {multiple:g}x"] = fit_to_budget(sampler, multiple * once, schedule, per_level, judge)
+    twice = replace(config.stepwise, trajectories=2)
+    for multiple in config.two_runs:
+        plan[f"stepwise, 2 runs {multiple:g}x"] = fit_to_budget(twice, multiple * once, schedule, per_level, judge)
     settings = {
         "captions": config.captions, "seed": config.seed, "steps": schedule.steps, "guidance_scale": generation.guidance_scale,
         "transition": [transition.kind, transition.noise], "autocast": config.autocast, "unguided_cost": once,
@@ -118,19 +123,20 @@ def run_samplers_benchmark(config: SamplersBenchmark) -> dict[str, Any]:
         result["runs"][label] = {"sampler": described, **judged(samples)}
         write_json(config.out, result)
     result["runs"] = {k: result["runs"][k] for k in plan}
-    result["comparisons"] = _comparisons(result["runs"], config.multiples)
+    result["comparisons"] = _comparisons(result["runs"], config)
     write_json(config.out, result)
     return result
 
 
-def _comparisons(runs: dict[str, Any], multiples: tuple[float, ...]) -> dict[str, dict[str, list[float]]]:
+def _comparisons(runs: dict[str, Any], config: SamplersBenchmark) -> dict[str, dict[str, list[float]]]:
     pairs = []
-    for m in multiples:
+    for m in config.multiples:
         pairs += [
             (f"stepwise {m:g}x", "none"),
             (f"best-of-n {m:g}x", "none"),
             (f"stepwise {m:g}x", f"best-of-n {m:g}x"),
         ]
+    pairs += [(f"stepwise, 2 runs {m:g}x", f"best-of-n {m:g}x") for m in config.two_runs if m in config.multiples]
     return {
         f"{a} - {b}": {
             "accuracy": list(mean_interval(np.subtract(runs[a]["correct"], runs[b]["correct"], dtype=float))),

@@ -157,7 +157,8 @@ def fit_to_budget(
         share = value_share(judge) if is_model else per_level
         compared = sum(sampler.competes(schedule, level) for level in range(schedule.steps))
         start = sampler.initial_candidates * share if sampler.initial_candidates > 1 else 0.0
-        return replace(sampler, candidates=max(1, math.floor((budget - once - start) / (compared * share) + 1e-9)))
+        left = budget / sampler.trajectories - once - start
+        return replace(sampler, candidates=max(1, math.floor(left / (compared * share) + 1e-9)))
     return sampler
 
 

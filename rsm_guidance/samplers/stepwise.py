@@ -39,6 +39,8 @@ class StepwiseSampling:
             where their level lies inside; elsewhere there is one child.
         outside: "same" steps with `transition` outside the window, "ode" deterministically.
         initial_candidates: initial noises that compete at the noisiest level before the first step.
+        trajectories: independent step-wise runs per image, of which the final judge picks one; a judge is surest of
+            finished images, and a second start undoes greedy mistakes.
         temperature: 0 keeps the best child; above 0 one is drawn with probability softmax(score / temperature).
     """
 
@@ -48,13 +50,13 @@ class StepwiseSampling:
     window: tuple[float, float] = (0.0, 1.0)
     outside: Literal["same", "ode"] = "same"
     initial_candidates: int = 1
+    trajectories: int = 1
     temperature: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.candidates < 1 or self.initial_candidates < 1:
-            raise ValueError(
-                f"candidates and initial_candidates must be at least 1; got {self.candidates}, {self.initial_candidates}"
-            )
+        for field in ("candidates", "initial_candidates", "trajectories"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 1; got {getattr(self, field)}")
         low, high = self.window
         if not 0 <= low < high <= 1:
             raise ValueError(f"window must be (low, high) with 0 <= low < high <= 1; got {self.window}")
@@ -74,24 +76,50 @@ class StepwiseSampling:
                 "the sampler 'stepwise' scores noisy latents: pass a diffusion reward model, or a reward, which is then "
                 "applied to the decoded estimate"
             )
+        if self.trajectories > 1:
+            problem.require_judge(self.name)
         problem.require_budget()
         schedule = problem.denoiser.schedule
         trace = new_trace(self, problem)
+        runs = list(range(self._affordable_trajectories(problem)))
+        rows = problem.rows.repeat(len(runs))  # latents are trajectory-major, [R * B, ...]
         estimate: Prediction | None = None
-        x = problem.denoiser.initial()
         try:
             with interruptible(problem):
-                x = self._start(problem, trace)
+                x = self._start(problem, runs, rows, trace)
                 for level in range(schedule.steps):
                     check_deadline(problem)
-                    estimate = problem.denoiser.predict(x, level)
-                    x, scores = self._advance(problem, estimate, level, trace)
+                    estimate = problem.denoiser.predict(x, level, rows)
+                    x, scores = self._advance(problem, estimate, level, runs, rows, trace)
                     problem.report(level, estimate, scores)
         except Interrupted:
             if estimate is None:
                 raise
             x = estimate.x0
-        return finished(problem, x, trace)
+        if len(runs) == 1:
+            return finished(problem, x, trace)
+        try:
+            with interruptible(problem):
+                rewards = problem.final_rewards(x, rows)
+        except Interrupted:
+            return finished(problem, x[: problem.count], trace)
+        assert rewards is not None
+        table = rewards.view(len(runs), problem.count)
+        best = table.argmax(0)
+        trace["candidates"] = {"rewards": table.T.tolist(), "chosen": best.tolist()}
+        chosen = x.unflatten(0, (len(runs), problem.count))[best, problem.rows]
+        return finished(problem, chosen, trace, table[best, problem.rows])
+
+    def _affordable_trajectories(self, problem: Problem) -> int:
+        """As many whole unguided trajectories as the budget reaches for, at most those asked for."""
+        denoiser = problem.denoiser
+        once = denoiser.schedule.steps * denoiser.evaluations_per_row + problem.final_cost
+        for count in range(self.trajectories, 1, -1):
+            calls = count * problem.final_calls
+            if problem.ledger.affords(count * once * problem.count, calls * problem.count, (calls + 1) * problem.count):
+                return count
+            problem.ledger.stop("budget")
+        return 1
 
     def competes(self, schedule: NoiseSchedule, level: int) -> bool:
         """Whether the children of `level` compete: they lie inside the window and the step is not deterministic."""
@@ -100,52 +128,53 @@ class StepwiseSampling:
         low, high = self.window
         return low <= float(schedule.sigma[level + 1] / schedule.sigma[0]) <= high
 
-    def _affordable(self, problem: Problem, level: int, count: int) -> bool:
-        """Whether `count` scores per image leave enough to finish the remaining levels."""
+    def _affordable(self, problem: Problem, level: int, count: int, runs: int) -> bool:
+        """Whether `count` scores per trajectory leave enough to finish the remaining levels of all of them."""
         denoiser, value = problem.denoiser, problem.value
         if count == 1 or value is None:
             return False
         rest = (denoiser.schedule.steps - level) * denoiser.evaluations_per_row + problem.final_cost
-        calls = count * value.reward_calls_per_row + problem.final_calls
-        if problem.ledger.affords(
-            (rest + count * value.evaluations_per_row) * problem.count,
-            calls * problem.count,
-            (calls + 1) * problem.count,
-        ):
+        calls = runs * (count * value.reward_calls_per_row + problem.final_calls)
+        evaluations = runs * (rest + count * value.evaluations_per_row)
+        b = problem.count
+        if problem.ledger.affords(evaluations * b, calls * b, (calls + 1) * b):
             return True
         problem.ledger.stop("budget")
         return False
 
-    def _start(self, problem: Problem, trace: dict[str, Any]) -> Tensor:
-        """Initial latents, the best of the competing ones."""
-        if not self._affordable(problem, 0, self.initial_candidates):
-            return problem.initial(0)
-        starts = torch.stack([problem.initial(k) for k in range(self.initial_candidates)], 1)
-        return self._select(problem, starts, 0, trace)[0]
+    def _start(self, problem: Problem, runs: list[int], rows: Tensor, trace: dict[str, Any]) -> Tensor:
+        """Initial latents of every trajectory, the best of those that compete for it."""
+        k = self.initial_candidates
+        if not self._affordable(problem, 0, k, len(runs)):
+            starts = [problem.initial(r * k) for r in runs]
+            return starts[0] if len(runs) == 1 else torch.cat(starts)
+        candidates = torch.cat([torch.stack([problem.initial(r * k + c) for c in range(k)], 1) for r in runs])
+        return self._select(problem, candidates, 0, rows, trace)[0]
 
     def _advance(
-        self, problem: Problem, estimate: Prediction, level: int, trace: dict[str, Any]
+        self, problem: Problem, estimate: Prediction, level: int, runs: list[int], rows: Tensor, trace: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
-        """The next latents [B, ...] and the scores [B, K] of the children, if they competed."""
+        """The next latents [R * B, ...] and the scores [R * B, K] of the children, if they competed."""
         schedule = problem.denoiser.schedule
         inside = self.competes(schedule, level)
         transition = self.transition if inside or self.outside == "same" else Transition("ode")
         gaussian = transition(estimate, schedule, level, level + 1)
-        if not inside or gaussian.std == 0 or not self._affordable(problem, level + 1, self.candidates):
-            return problem.step(gaussian, level, [0]), None
-        children = torch.stack([problem.step(gaussian, level, [0], child=k) for k in range(self.candidates)], 1)
-        return self._select(problem, children, level + 1, trace)
+        if not inside or gaussian.std == 0 or not self._affordable(problem, level + 1, self.candidates, len(runs)):
+            return problem.step(gaussian, level, runs), None
+        children = torch.stack([problem.step(gaussian, level, runs, child=k) for k in range(self.candidates)], 1)
+        return self._select(problem, children, level + 1, rows, trace)
 
     def _select(
-        self, problem: Problem, children: Tensor, level: int, trace: dict[str, Any]
+        self, problem: Problem, children: Tensor, level: int, rows: Tensor, trace: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
-        """One of the children [B, K, ...] per row, by their values at `level`."""
-        b, k = children.shape[:2]
-        scores = problem.values(children.flatten(0, 1), level, problem.rows.repeat_interleave(k)).view(b, k)
+        """One of the children [R * B, K, ...] per trajectory, by their values at `level`."""
+        n, k = children.shape[:2]
+        scores = problem.values(children.flatten(0, 1), level, rows.repeat_interleave(k)).view(n, k)
         if self.temperature == 0:
             chosen = scores.argmax(1)
         else:
-            uniform = torch.tensor([problem.streams.uniform(r, "select", level) for r in range(b)], dtype=torch.float64)
-            chosen = choose(scores / self.temperature, uniform)
+            run = [i // problem.count for i in range(n)]
+            draws = [problem.streams.uniform(r, "select", run[i], level) for i, r in enumerate(rows.tolist())]
+            chosen = choose(scores / self.temperature, torch.tensor(draws, dtype=torch.float64))
         trace["levels"].append({"level": level, "scores": scores.tolist(), "chosen": chosen.tolist()})
-        return children[problem.rows, chosen], scores
+        return children[torch.arange(n), chosen], scores

@@ -8,7 +8,7 @@ Loss: Bradley-Terry, -log sigmoid(s_win - s_lose), both images of a pair noised 
 import json
 import os
 import random
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -134,7 +134,9 @@ def train_reward(config: RewardTrainConfig) -> dict[str, object]:
     held_out = validation_captions(config.validation_prompts)
     data = Path(config.data or out / "data")
     train = generate_groups(pipe, captions, config.groups, data / "train", config.seed, "training samples")
-    samples = generate_groups(pipe, held_out, config.groups, data / "validation", config.seed, "validation samples")
+    # small batches, so that siblings lie at many levels
+    small = replace(config.groups, batch_size=min(12, config.groups.batch_size))
+    samples = generate_groups(pipe, held_out, small, data / "validation", config.seed, "validation samples")
     valid, reported = samples.every_other(0), samples.every_other(1)
     renders = render_pairs(pipe, captions, config.seed)
 

@@ -31,6 +31,24 @@ _CACHED_PROMPTS = 4096
 _SCORE_BATCH = 256
 
 
+_CARD = """---
+{{ card_data }}
+---
+
+# A diffusion reward model
+
+Scores noisy latents under a prompt: the lower blocks of a diffusion model with a reward head (arXiv 2605.25661).
+`config.json` names the backbone; the weights here are the head and what was tuned.
+
+```python
+from rsm_guidance import DiffusionRewardModel
+
+drm = DiffusionRewardModel.from_pretrained("path or hub id of this folder")
+scores = drm.score(latents, timestep, prompts)
+```
+"""
+
+
 @dataclass(frozen=True)
 class DRMConfig:
     """What a DRM is made of.
@@ -56,7 +74,14 @@ class DRMConfig:
             raise ValueError(f"lora_rank and head_width must be positive; got {self.lora_rank} and {self.head_width}")
 
 
-class DiffusionRewardModel(nn.Module, ModelHubMixin, library_name="rsm-guidance", tags=["reward-model", "diffusion"]):
+class DiffusionRewardModel(
+    nn.Module,
+    ModelHubMixin,
+    library_name="rsm-guidance",
+    license="apache-2.0",
+    tags=["reward-model", "diffusion"],
+    model_card_template=_CARD,
+):
     """Scores noisy latents under a prompt; see the module's docstring.  Make one with `from_pipeline`."""
 
     def __init__(self, pipe: DiffusionPipeline, drm_config: DRMConfig) -> None:

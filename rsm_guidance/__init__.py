@@ -1,5 +1,6 @@
 """rsm-guidance: reward guidance for diffusion and flow pipelines, with the diffusion model itself as the judge."""
 
+from rsm_guidance import _quiet  # noqa: F401, I001 - before anything that imports diffusers
 from rsm_guidance import shapes
 from rsm_guidance.core.ledger import Budget, Ledger
 from rsm_guidance.core.transitions import Transition

@@ -33,10 +33,6 @@ class ModelOptions:
         """Where the pipeline lies."""
         return model_path() if self.model == "shapes" else self.model
 
-    def __post_init__(self) -> None:
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"--steps must be at least 1; got {self.steps}")
-
     def judge(self) -> Judge:
         """The loaded reward."""
         return load_judge(self.reward)

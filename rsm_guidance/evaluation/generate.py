@@ -47,6 +47,8 @@ class Generation:
     @staticmethod
     def for_model(model: str, steps: int | None = None, guidance_scale: float | None = None) -> "Generation":
         """The embedded model's measured settings where the caller gives none; other models keep their defaults."""
+        if steps is not None and steps < 1:
+            raise ValueError(f"--steps must be at least 1; got {steps}")
         if model == model_path():
             return Generation(steps or STEPS, GUIDANCE_SCALE if guidance_scale is None else guidance_scale)
         return Generation(steps, guidance_scale)

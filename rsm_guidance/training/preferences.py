@@ -124,7 +124,9 @@ def generate_groups(
         ValueError: if the folder holds groups made with other captions or settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    weights = sum(float(p.double().abs().sum()) for p in pipe.transformer.parameters())  # tells generators apart
+    weights = sum(
+        p.detach().double().abs().sum().item() for p in pipe.transformer.parameters()
+    )  # tells generators apart
     about = {"captions": [c.text for c in captions], "seed": seed, "groups": asdict(config), "weights": weights}
     settings = json.dumps(about)
     description = folder / "settings.json"

@@ -128,7 +128,6 @@ def test_evaluate_is_independent_of_the_batch_size(tmp_path: Path, capsys: pytes
         (["compare", "a star", "--samplers", ","], "names no sampler"),
         (["compare", "a star", "--budget", "3", "--steps", "4"], "is less than the"),
         (["train", "reward", "--config", "/no/such.yaml"], "cannot read the configuration"),
-        (["train", "reward", "--steps", "0"], "steps must be at least 1"),
     ],
 )
 def test_bad_input_exits_with_2_and_one_sentence(
@@ -141,6 +140,12 @@ def test_bad_input_exits_with_2_and_one_sentence(
     monkeypatch.chdir(tmp_path)
     assert message in fails(capsys, arguments)
     assert not list(tmp_path.glob("**/*.png")) and not list(tmp_path.glob("**/*.partial"))
+
+
+def test_impossible_training_settings_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "reward", "--steps", "0"])
+    assert stop.value.code == 2 and "steps must be at least 1; got 0" in capsys.readouterr().err
 
 
 def test_prompt_files_that_hold_nothing_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,7 +211,7 @@ def test_a_reward_in_the_current_folder_is_found(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("def size(images, prompts):\n    return images.mean((1, 2, 3))\n")
     (tmp_path / "broken.py").write_text("1 / 0\n")
     Image.new("RGB", (64, 64), "white").save(tmp_path / "a.png")
-    command = [shutil.which("rsm-guidance") or "rsm-guidance", "score", "a.png", "--prompt", "x", "--reward"]
+    command = [str(Path(sys.executable).with_name("rsm-guidance")), "score", "a.png", "--prompt", "x", "--reward"]
     done = subprocess.run([*command, "mine:size"], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert lines(done.stdout)[0]["score"] == 1.0
     done = subprocess.run([*command, "broken:size"], cwd=tmp_path, capture_output=True, text=True)

@@ -91,7 +91,7 @@ def test_trajectories_are_best_of_n_over_step_wise_runs() -> None:
     one, three = StepwiseSampling(2, ANCESTRAL), StepwiseSampling(2, ANCESTRAL, trajectories=3)
     first, best = one.sample(problem(50)), three.sample(problem(50))
     assert first.rewards is not None and best.rewards is not None
-    table = torch.tensor(best.trace["candidates"]["rewards"])
+    table = torch.tensor(best.trace["candidates"]["rewards"], dtype=torch.float64)
     assert table.shape == (50, 3)
     assert torch.allclose(table[:, 0], first.rewards), "trajectory 0 is the single run of the same seed"
     assert torch.equal(best.rewards, table.amax(1)) and best.rewards.mean() > first.rewards.mean()
@@ -111,7 +111,12 @@ def test_one_denoiser_evaluation_per_parent() -> None:
 
 @pytest.mark.parametrize("cap", [12.5, 14.0, 20.3, 30.0])
 def test_budget_is_a_hard_cap(cap: float) -> None:
-    for sampler in (StepwiseSampling(4, ANCESTRAL), StepwiseSampling(3, ANCESTRAL, trajectories=3), BestOfN(9, ANCESTRAL), Unguided(ANCESTRAL)):
+    for sampler in (
+        StepwiseSampling(4, ANCESTRAL),
+        StepwiseSampling(3, ANCESTRAL, trajectories=3),
+        BestOfN(9, ANCESTRAL),
+        Unguided(ANCESTRAL),
+    ):
         task = problem(3, Budget(evaluations=cap))
         output = sampler.sample(task)
         assert output.ledger.evaluations <= 3 * cap + 1e-6

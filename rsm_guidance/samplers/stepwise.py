@@ -107,7 +107,7 @@ class StepwiseSampling:
         table = rewards.view(len(runs), problem.count)
         best = table.argmax(0)
         trace["candidates"] = {"rewards": table.T.tolist(), "chosen": best.tolist()}
-        chosen = x.unflatten(0, (len(runs), problem.count))[best, problem.rows]
+        chosen = x.view(len(runs), problem.count, *x.shape[1:])[best, problem.rows]
         return finished(problem, chosen, trace, table[best, problem.rows])
 
     def _affordable_trajectories(self, problem: Problem) -> int:

@@ -50,7 +50,7 @@ class SamplersBenchmark:
     out: Path = Path("benchmarks/samplers.json")
     captions: int = 512
     multiples: tuple[float, ...] = (2.0, 4.0, 8.0)
-    two_runs: tuple[float, ...] = ()
+    two_runs: tuple[float, ...] = (4.0,)
     stepwise: StepwiseSampling = StepwiseSampling()
     model: str = model_path()
     reward: str = "shapes-drm"

@@ -5,6 +5,7 @@ colour become objects, and each is named by the template it overlaps best (inter
 are tolerated; colour, count and relation are strict.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -32,6 +33,11 @@ class Seen:
     y: float
     area: int
     iou: float
+
+    @property
+    def radius(self) -> float:
+        """Radius in pixels of a disc of the same area."""
+        return math.sqrt(self.area / math.pi)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import json
 import os
 import random
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ from rsm_guidance.samplers import Problem
 from rsm_guidance.shapes.render import render_spec
 from rsm_guidance.shapes.scenes import COLORS, SHAPES, Caption, Group, SceneSpec
 from rsm_guidance.shapes.verify import judge, see
+from rsm_guidance.training.objects import token_labels
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class GroupConfig:
 class Groups:
     """G groups: prompts [G], children and finals [G, K, C, H, W] (half), sigma [G] of the children, scores [G, K].
 
-    Scores are the verifier's credit in [0, 1], plus 0.25 where the image is strictly correct.
+    Scores are the verifier's credit in [0, 1], plus 0.25 where the image is strictly correct; labels [G, K, 64, 4]
+    (half) are what it saw in the finished images (`training.objects`).
     """
 
     prompts: list[str]
@@ -63,16 +65,18 @@ class Groups:
     finals: Tensor
     sigma: Tensor
     scores: Tensor
+    labels: Tensor
 
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything but the prompts, by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "prompts"}
+
     def every_other(self, first: int) -> "Groups":
         """Every second group, from the first or the second on."""
-        return Groups(
-            self.prompts[first::2],
-            *(getattr(self, name)[first::2] for name in ("children", "finals", "sigma", "scores")),
-        )
+        return Groups(self.prompts[first::2], **{name: t[first::2] for name, t in self.tensors().items()})
 
 
 def branch_level(rng: random.Random, steps: int) -> int:
@@ -109,10 +113,12 @@ def sample_groups(
     finals = x.unflatten(0, (k, b)).transpose(0, 1)
     images = to_uint8(denoiser.decode(finals.flatten(0, 1))).numpy()
     denoiser.close()
-    verdicts = [judge(see(image), captions[n // k].spec) for n, image in enumerate(images)]
+    seen = [see(image) for image in images]
+    verdicts = [judge(objects, captions[n // k].spec) for n, objects in enumerate(seen)]
     scores = torch.tensor([v.score + 0.25 * v.correct for v in verdicts]).view(b, k)
+    labels = torch.from_numpy(np.stack([token_labels(objects) for objects in seen])).half().unflatten(0, (b, k))
     sigma = torch.full((b,), float(schedule.sigma[level]))
-    return Groups(prompts, children.half(), finals.half(), sigma, scores)
+    return Groups(prompts, children.half(), finals.half(), sigma, scores, labels)
 
 
 def generate_groups(
@@ -142,9 +148,8 @@ def generate_groups(
             level = branch_level(random.Random(f"{seed}|{start}"), config.steps)
             with torch.autocast(pipe.device.type, torch.bfloat16, enabled=config.autocast):
                 g = sample_groups(pipe, batch, config, level, seed)
-            tensors = {"children": g.children, "finals": g.finals, "sigma": g.sigma, "scores": g.scores}
             partial = path.with_suffix(".partial")
-            save_file({k: v.contiguous() for k, v in tensors.items()}, partial)
+            save_file({k: v.contiguous() for k, v in g.tensors().items()}, partial)
             os.replace(partial, path)
         parts.append(Groups([c.text for c in batch], **load_file(path)))
     return join(parts)
@@ -152,9 +157,9 @@ def generate_groups(
 
 def join(parts: list[Groups]) -> Groups:
     """Concatenate groups."""
+    names = parts[0].tensors()
     return Groups(
-        [p for g in parts for p in g.prompts],
-        *(torch.cat([getattr(g, name) for g in parts]) for name in ("children", "finals", "sigma", "scores")),
+        [p for g in parts for p in g.prompts], **{n: torch.cat([g.tensors()[n] for g in parts]) for n in names}
     )
 
 

@@ -2,7 +2,8 @@
 
 Loss: Bradley-Terry, -log sigmoid(s_win - s_lose), both images of a pair noised to the same random level (arXiv
 2605.25661, section 3).  Beside these re-noised pairs the trainer uses sibling pairs and rendered near misses
-(`training.preferences`); those are ours, as is the choice of independent noise for the two images of a pair.
+(`training.preferences`) and predicts per token what the finished image holds (`training.objects`); those are ours, as is
+the choice of independent noise for the two images of a pair.
 """
 
 import json
@@ -18,6 +19,7 @@ from tqdm.auto import tqdm
 
 from rsm_guidance.shapes.scenes import Caption, caption_set, random_caption
 from rsm_guidance.training.checkpoint import Ema, load_state, save_state, warmup_cosine
+from rsm_guidance.training.objects import ObjectHead
 from rsm_guidance.training.preferences import GroupConfig, Groups, batches, generate_groups, render_pairs
 from rsm_guidance.training.reward_report import report_accuracy, validation_accuracy
 from rsm_guidance.values.drm import DiffusionRewardModel, load_backbone
@@ -46,6 +48,8 @@ class RewardTrainConfig:
         lr: peak learning rate of the head; the trunk learns at a third of it.
         weight_decay: AdamW weight decay.
         sibling_weight: weight of the sibling pairs' loss against that of the re-noised pairs.
+        object_weight: weight of the auxiliary per-token prediction of what the finished image holds; none with a frozen
+            backbone, which it could not teach.
         evaluate_every: updates between validations; the best checkpoint by mean accuracy is kept.
         seed: of data and training.
     """
@@ -65,6 +69,7 @@ class RewardTrainConfig:
     lr: float = 1.5e-3
     weight_decay: float = 0.05
     sibling_weight: float = 1.0
+    object_weight: float = 1.0
     evaluate_every: int = 250
     seed: int = 0
 
@@ -92,7 +97,13 @@ def renoise(x0: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def batch_loss(
-    drm: DiffusionRewardModel, groups: Groups, renders: Tensor, rows: Tensor, weight: float, generator: torch.Generator
+    drm: DiffusionRewardModel,
+    objects: ObjectHead,
+    groups: Groups,
+    renders: Tensor,
+    rows: Tensor,
+    config: RewardTrainConfig,
+    generator: torch.Generator,
 ) -> tuple[Tensor, dict[str, float]]:
     """Loss of one batch: re-noised finals, siblings at their own level, and rendered pairs, in one forward pass."""
     g, k = len(rows), groups.finals.shape[1]
@@ -110,15 +121,20 @@ def batch_loss(
     sigma = torch.cat(
         [level[:, None].expand(g, k), groups.sigma[rows, None].expand(g, k), render_level[:, None].expand(g, 2)], 1
     )
-    tokens, pooled = drm.encode([groups.prompts[r] for r in rows.tolist()])
-    scores = drm(
-        latents.flatten(0, 1), 1000 * sigma.flatten(), tokens.repeat_interleave(n, 0), pooled.repeat_interleave(n, 0)
-    ).view(g, n)
-    renoised = pair_loss(scores[:, :k], groups.scores[rows])
-    siblings = pair_loss(scores[:, k : 2 * k], groups.scores[rows])
-    rendered = F.softplus(scores[:, -1] - scores[:, -2]).mean()
-    loss = renoised + weight * siblings + 0.3 * rendered
-    return loss, {"renoised": renoised.item(), "siblings": siblings.item(), "rendered": rendered.item()}
+    text = (t.repeat_interleave(n, 0) for t in drm.encode([groups.prompts[r] for r in rows.tolist()]))
+    visual = drm.visual_tokens(latents.flatten(0, 1), 1000 * sigma.flatten(), *text)
+    scores = drm.head(visual, drm.grid(latents)).view(g, n)
+    parts = {
+        "renoised": pair_loss(scores[:, :k], groups.scores[rows]),
+        "siblings": pair_loss(scores[:, k : 2 * k], groups.scores[rows]),
+        "rendered": F.softplus(scores[:, -1] - scores[:, -2]).mean(),
+    }
+    loss = parts["renoised"] + config.sibling_weight * parts["siblings"] + 0.3 * parts["rendered"]
+    if config.object_weight and config.adaptation != "frozen":
+        generated = visual.view(g, n, *visual.shape[1:])[:, : 2 * k]
+        parts["objects"] = objects.loss(generated, groups.labels[rows].repeat(1, 2, 1, 1))
+        loss = loss + config.object_weight * parts["objects"]
+    return loss, {name: part.item() for name, part in parts.items()}
 
 
 def train_reward(config: RewardTrainConfig) -> dict[str, object]:
@@ -152,13 +168,14 @@ def train_reward(config: RewardTrainConfig) -> dict[str, object]:
     trunk = [p for p in drm.trunk.parameters() if p.requires_grad] if config.adaptation != "frozen" else []
     if config.adaptation == "frozen":
         drm.trunk.requires_grad_(False)
-    head = list(drm.head.parameters())
+    objects = ObjectHead(drm.trunk.dim)
+    head = [*drm.head.parameters(), *objects.parameters()]
     factors = [1.0, 0.33] if config.adaptation == "full" else [1.0, 1.0]
     optimizer = torch.optim.AdamW(
         [{"params": head}, {"params": trunk}] if trunk else [{"params": head}], weight_decay=config.weight_decay
     )
     ema = Ema([drm.head, *([drm.trunk] if trunk else [])], 0.995)
-    modules = {"drm": drm, "ema": ema.shadow}
+    modules = {"drm": drm, "objects": objects, "ema": ema.shadow}
     state = load_state(out / "state", modules, optimizer) or {"step": 0, "best": -1.0, "history": []}
     first, best = int(state["step"]), float(state["best"])  # type: ignore[call-overload, arg-type]
     history: list[dict[str, float]] = list(state["history"])  # type: ignore[call-overload]
@@ -167,7 +184,7 @@ def train_reward(config: RewardTrainConfig) -> dict[str, object]:
         for group, factor in zip(optimizer.param_groups, factors, strict=False):
             group["lr"] = config.lr * factor * warmup_cosine(step, config.steps)
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        loss, parts = batch_loss(drm, train, renders, rows, config.sibling_weight, generator)
+        loss, parts = batch_loss(drm, objects, train, renders, rows, config, generator)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_([*head, *trunk], 1.0)

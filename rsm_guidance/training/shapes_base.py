@@ -1,8 +1,8 @@
 """Trains the denoiser and the text encoders of the embedded shapes model from scratch.
 
 Rectified flow (Esser et al. 2024, arXiv 2403.03206): x_t = (1-t) x0 + t eps, target eps - x0, logit-normal t.  Beside
-it, tokens of a middle block predict the object they belong to (colour, shape, offset), which the renderer knows; that
-head is thrown away.  This auxiliary objective is ours.
+it, tokens of a middle block predict the object they belong to (`training.objects`).  At the noisy levels only the
+caption tells, so this is what teaches the model to read relations and counts.
 """
 
 import json
@@ -20,11 +20,9 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from rsm_guidance.shapes import model as parts
-from rsm_guidance.shapes.render import IMAGE_SIZE, Placed, place, render
+from rsm_guidance.shapes.render import place, render
 from rsm_guidance.shapes.scenes import (
     CATEGORIES,
-    COLORS,
-    SHAPES,
     Caption,
     SceneSpec,
     is_held_out,
@@ -32,24 +30,24 @@ from rsm_guidance.shapes.scenes import (
     wordings,
 )
 from rsm_guidance.training.checkpoint import Ema, load_state, save_state, warmup_cosine
+from rsm_guidance.training.objects import ObjectHead, token_labels
 from rsm_guidance.training.shapes_vae import VAEConfig, train_vae
 
-_WEIGHTS = (0.05, 0.06, 0.16, 0.28, 0.29, 0.16)  # of CATEGORIES: the hard ones more often
-_GRID = 8
+_WEIGHTS = (0.03, 0.04, 0.14, 0.29, 0.38, 0.12)  # of CATEGORIES: the hard ones more often
 
 
 @dataclass(frozen=True)
 class BaseConfig:
     """Base-model training: `steps` updates of `batch_size` scenes out of `scenes` rendered once.
 
-    `lr` is the peak of a warm-up and half-cosine up to step `restart`; from there a second one follows at `restart_lr`
-    times that (the packaged weights were trained so).  `aux_weight` scales the per-token object prediction;
+    The learning rate warms up to `lr` and falls along a half cosine to 0 at the first step of `restarts`; from there, and
+    from each later one, another such cycle follows with `restart_lr` times the peak.  `aux_weight` scales the per-token object prediction;
     `drop_caption` is the share of empty captions (classifier-free guidance); `zero_tokens` is the share of steps, with
     a quarter of the batch, trained with the 256 zero tokens that stock SD3 puts for a missing third text encoder.
     """
 
-    steps: int = 6600
-    restart: int = 4000
+    steps: int = 10_800
+    restarts: tuple[int, ...] = (4000, 6600)
     restart_lr: float = 0.7
     batch_size: int = 64
     scenes: int = 48_000
@@ -69,18 +67,6 @@ class Scenes:
     specs: list[SceneSpec]
     latents: torch.Tensor
     labels: torch.Tensor
-
-
-def token_labels(objects: list[Placed]) -> np.ndarray:
-    """Per token of the 8x8 grid: colour index, shape index (both 0 for background), offset (x, y) to the centre / 32."""
-    places = np.array([(o.x, o.y, o.radius) for o in objects])
-    kinds = np.array([(1 + list(COLORS).index(o.color), 1 + SHAPES.index(o.shape)) for o in objects])
-    ticks = (np.arange(_GRID) + 0.5) * (IMAGE_SIZE / _GRID)
-    centres = np.stack(np.meshgrid(ticks, ticks), -1).reshape(-1, 1, 2)
-    distance = np.linalg.norm(places[:, :2] - centres, axis=-1) - places[:, 2]  # [64, objects], to the rim
-    nearest = distance.argmin(-1)
-    labels = np.concatenate([kinds[nearest], (places[nearest, :2] - centres[:, 0]) / 32], -1)
-    return np.where(distance.min(-1, keepdims=True) < 5, labels, 0).astype(np.float32)
 
 
 @torch.no_grad()
@@ -110,7 +96,7 @@ class Trainee(nn.Module):
         self.tokenizer = parts.build_tokenizer()
         self.transformer = parts.build_transformer()
         self.text = nn.ModuleList([parts.build_text_encoder(self.tokenizer, i) for i in (0, 1)])
-        self.aux = nn.Linear(128, 1 + len(COLORS) + 1 + len(SHAPES) + 2)
+        self.aux = ObjectHead(128)
         self._middle: torch.Tensor | None = None
         self.transformer.transformer_blocks[2].register_forward_hook(self._keep)
 
@@ -130,7 +116,7 @@ class Trainee(nn.Module):
         self, x0: torch.Tensor, labels: torch.Tensor, captions: list[str], zero_tokens: int, generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Flow-matching loss and auxiliary loss, both scalars."""
-        t = torch.sigmoid(0.1 + 1.1 * torch.randn(len(x0), generator=generator))
+        t = torch.sigmoid(0.4 + 1.1 * torch.randn(len(x0), generator=generator))
         eps = torch.randn(x0.shape, generator=generator)
         tt = t[:, None, None, None]
         tokens, pooled = self.encode(captions)
@@ -138,22 +124,16 @@ class Trainee(nn.Module):
         v = self.transformer((1 - tt) * x0 + tt * eps, tokens, pooled, t * 1000, return_dict=False)[0]
         flow = F.mse_loss(v, eps - x0)
         assert self._middle is not None
-        color, shape, offset = self.aux(self._middle).split((1 + len(COLORS), 1 + len(SHAPES), 2), -1)
-        inside = (labels[..., 0] > 0).float()
-        per_token = (
-            F.cross_entropy(color.flatten(0, 1), labels[..., 0].long().flatten(), reduction="none").view_as(inside)
-            + F.cross_entropy(shape.flatten(0, 1), labels[..., 1].long().flatten(), reduction="none").view_as(inside)
-            + 4 * inside * (offset - labels[..., 2:]).square().sum(-1)
-        )
-        return flow, ((1 - t)[:, None] * per_token).mean()
+        return flow, self.aux.loss(self._middle, labels)
 
 
 def learning_rate(config: BaseConfig, step: int) -> float:
-    """The two half-cosines of the configuration, at a step."""
-    if step < config.restart:
-        return config.lr * warmup_cosine(step, min(config.restart, config.steps), 0.03)
-    peak = config.lr * config.restart_lr
-    return peak * warmup_cosine(step - config.restart, config.steps - config.restart, 0.03)
+    """The half-cosine cycles of the configuration, at a step."""
+    starts = [0, *(r for r in config.restarts if r < config.steps)]
+    cycle = max(i for i, start in enumerate(starts) if step >= start)
+    length = (*starts[1:], config.steps)[cycle] - starts[cycle]
+    peak = config.lr * (config.restart_lr if cycle else 1)
+    return peak * warmup_cosine(step - starts[cycle], length, 0.03)
 
 
 def train_base(config: BaseConfig, vae: AutoencoderKL, folder: Path) -> StableDiffusion3Pipeline:

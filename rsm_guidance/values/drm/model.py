@@ -169,10 +169,18 @@ class DiffusionRewardModel(
 
     def forward(self, latents: Tensor, timestep: Tensor, tokens: Tensor, pooled: Tensor) -> Tensor:
         """Scores [B] for noisy latents [B, C, H, W], timesteps [B] (1000 * sigma) and encoded text."""
-        visual = self.trunk(latents, timestep, tokens, pooled)
-        patch = self.trunk.patch_size
-        scores: Tensor = self.head(visual.float(), (latents.shape[2] // patch, latents.shape[3] // patch))
+        scores: Tensor = self.head(self.visual_tokens(latents, timestep, tokens, pooled), self.grid(latents))
         return scores
+
+    def visual_tokens(self, latents: Tensor, timestep: Tensor, tokens: Tensor, pooled: Tensor) -> Tensor:
+        """What the head reads: the visual tokens [B, H * W / patch^2, dim] after the last kept block."""
+        visual: Tensor = self.trunk(latents, timestep, tokens, pooled)
+        return visual.float()
+
+    def grid(self, latents: Tensor) -> tuple[int, int]:
+        """Rows and columns of the visual tokens."""
+        patch = self.trunk.patch_size
+        return latents.shape[-2] // patch, latents.shape[-1] // patch
 
     def score(
         self,

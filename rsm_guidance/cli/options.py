@@ -44,7 +44,7 @@ class SamplerOptions:
 
     candidates: int | None = None
     """Samples (best-of-n) or children per level (stepwise)."""
-    transition: Literal["ode", "ddim", "cps", "flow_sde"] | None = None
+    transition: Literal["scheduler", "ode", "ddim", "cps", "flow_sde"] | None = None
     """How to step; ode is deterministic."""
     noise: float | None = None
     """Noise level of the transition: eta in [0, 1] of ddim and cps, a of flow_sde."""

@@ -1,8 +1,9 @@
 """The contract between samplers and models: a denoiser over the levels of a schedule, and judges of its states."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from rsm_guidance.core.schedule import NoiseSchedule, Prediction
@@ -28,8 +29,22 @@ class Denoiser(Protocol):
         """Denoiser evaluations that one `predict` costs per latent (2 with classifier-free guidance)."""
         ...
 
-    def initial(self) -> Tensor:
-        """The latents [B, ...] at level 0 with which an unguided run starts."""
+    @property
+    def steps(self) -> int:
+        """Number of levels N that a run visits."""
+        ...
+
+    def initial(self, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+        """The latents [B, ...] at level 0 with which an unguided run starts, or others drawn with generators [B]."""
+        ...
+
+    def follow(
+        self, rows: Tensor | None = None, generators: Sequence[torch.Generator] | None = None
+    ) -> Iterator[tuple[Prediction | None, Tensor]]:
+        """An unguided run with the model's own solver, from its own start or, with generators [R], from others.
+
+        Yields N times the prediction (None where the solver does not tell) and the next latents [R, ...].
+        """
         ...
 
     def predict(self, x: Tensor, level: int, rows: Tensor | None = None) -> Prediction:

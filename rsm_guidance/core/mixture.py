@@ -13,7 +13,7 @@ the log-domain.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.core.schedule import NoiseSchedule, Prediction
+from rsm_guidance.core.transitions import ode
 from rsm_guidance.core.weights import normalize
 
 Values = Tensor | Sequence[float] | Sequence[Sequence[float]] | float
@@ -264,18 +265,25 @@ class GaussianMixtureDenoiser:
         """One evaluation per latent."""
         return 1.0
 
-    def initial(self) -> Tensor:
-        """Latents [B, D] at level 0, float64, each from the stream "initial" of its row.
+    @property
+    def steps(self) -> int:
+        """Number of levels."""
+        return self.schedule.steps
+
+    def initial(self, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+        """Latents [B, D] at level 0, float64, each from the stream "initial" of its row or from its generator.
 
         Drawn from the exact law of level 0 (alpha x0 + sigma eps; pure noise where alpha = 0), so that a run has no error
         from its start.  This choice is ours: pipelines take pure noise at every schedule.
         """
         alpha, sigma = self.schedule.coefficients(0)
-        streams = RandomStreams.for_prompts(self.seed, self.prompts)
+        if generators is None:
+            streams = RandomStreams.for_prompts(self.seed, self.prompts)
+            generators = [streams.generator(row, "initial") for row in range(len(self.prompts))]
         rows = []
-        for row in range(len(self.prompts)):
-            eps = streams.normal(row, (self.mixture.dimension,), "initial").to(self.mixture.means)
-            x0 = self.mixture.sample(1, streams.generator(row, "initial", "clean"))[0] if alpha > 0 else 0.0
+        for generator in generators:
+            eps = torch.randn(self.mixture.dimension, generator=generator).to(self.mixture.means)
+            x0 = self.mixture.sample(1, generator)[0] if alpha > 0 else 0.0
             rows.append(alpha * x0 + sigma * eps)
         return torch.stack(rows) if rows else self.mixture.means.new_empty(0, self.mixture.dimension)
 
@@ -294,6 +302,16 @@ class GaussianMixtureDenoiser:
         eps = (x.double() - alpha * x0) / sigma
         velocity = (eps - x0).to(x) if self.schedule.is_flow else None
         return Prediction(x, x0.to(x), eps.to(x), velocity)
+
+    def follow(
+        self, rows: Tensor | None = None, generators: Sequence[torch.Generator] | None = None
+    ) -> Iterator[tuple[Prediction | None, Tensor]]:
+        """The probability-flow ODE, by Euler steps."""
+        x = self.initial(generators)
+        for level in range(self.steps):
+            prediction = self.predict(x, level)
+            x = ode(prediction, self.schedule, level, level + 1).mean
+            yield prediction, x
 
     def decode(self, x0: Tensor) -> Tensor:
         """The identity: a toy point [R, D] is its own "image" (no range [0, 1] here), and rewards judge it directly."""

@@ -102,7 +102,7 @@ def flow_sde(prediction: Prediction, schedule: NoiseSchedule, level: int, target
     return _cast(p.x.float() - dt * drift, p.x, std)
 
 
-TransitionKind = Literal["ode", "ddim", "cps", "flow_sde"]
+TransitionKind = Literal["scheduler", "ode", "ddim", "cps", "flow_sde"]
 
 
 @dataclass(frozen=True)
@@ -110,16 +110,17 @@ class Transition:
     """A transition and its noise level, as a sampler is configured with it.
 
     Attributes:
-        kind: "ode", "ddim", "cps" or "flow_sde".
-        noise: eta in [0, 1] for ddim and cps, a >= 0 for flow_sde; ignored by ode.
+        kind: "ode", "ddim", "cps", "flow_sde", or "scheduler" for the pipeline's own solver, which may be any, but can
+            only be followed from start to end (samplers `none` and `best-of-n`).
+        noise: eta in [0, 1] for ddim and cps, a >= 0 for flow_sde; ignored by the others.
     """
 
     kind: TransitionKind = "ode"
     noise: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.kind not in ("ode", "ddim", "cps", "flow_sde"):
-            raise ValueError(f"unknown transition {self.kind!r}; choose ode, ddim, cps or flow_sde")
+        if self.kind not in ("scheduler", "ode", "ddim", "cps", "flow_sde"):
+            raise ValueError(f"unknown transition {self.kind!r}; choose scheduler, ode, ddim, cps or flow_sde")
         top = 1.0 if self.kind in ("ddim", "cps") else math.inf
         if not 0 <= self.noise <= top:
             raise ValueError(f"{self.kind} takes a noise level in [0, {top}]; got {self.noise}")
@@ -128,6 +129,11 @@ class Transition:
         """N(mean, std^2) over the latents at `target`, which must be cleaner than `level`."""
         if target <= level:
             raise ValueError(f"a transition goes to a cleaner level; got {level} -> {target}")
+        if self.kind == "scheduler":
+            raise ValueError(
+                "the transition 'scheduler' cannot step between single levels, only whole runs of 'none' and 'best-of-n' "
+                "can follow it; choose ode, ddim, cps or flow_sde"
+            )
         if self.kind == "ode":
             return ode(prediction, schedule, level, target)
         if self.kind == "ddim":

@@ -1,19 +1,21 @@
 """`PipelineDenoiser`: any supported diffusers pipeline as a `core.denoiser.Denoiser`."""
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from rsm_guidance.core.ledger import Ledger
-from rsm_guidance.core.schedule import NoiseSchedule, Prediction, to_prediction
+from rsm_guidance.core.random import derive_seed
+from rsm_guidance.core.schedule import NoiseSchedule, Prediction
+from rsm_guidance.engine.families import pick_rows, traits_of
 from rsm_guidance.engine.loop import Done, Pause, Start, Step, StockLoop
+from rsm_guidance.engine.schedulers import Levels, read_levels, refusal
 
-_CONDITIONING = ("prompt", "negative_prompt", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 _DECODE_BATCH = 32
+_CONDITIONING = ("prompt", "negative_prompt", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 
 class PipelineDenoiser:
@@ -32,13 +34,21 @@ class PipelineDenoiser:
 
     def __init__(self, pipe: DiffusionPipeline, call: Mapping[str, Any], ledger: Ledger | None = None) -> None:
         require_drivable(pipe)
+        if call.get("denoising_end"):
+            raise ValueError(
+                "denoising_end stops before the latents are clean, and nothing could judge them; call this stage with "
+                "sampler=None and guide the one that finishes"
+            )
         self.pipe = pipe
         self.ledger = ledger or Ledger()
         self.prompts = prompts_of(call)
         self._call = dict(call)
-        self._embeds: tuple[Tensor | None, ...] | None = None
-        self._schedule: NoiseSchedule | None = None
+        self._draws = _Draws(call.get("generator"))
+        self._encoded: list[Any] = []
+        self._levels: Levels | None = None
         self._initial: Tensor | None = None
+        self._scheduler_state: dict[str, Any] = {}
+        self._steps = 0
         self._per_row = 0.0
         # The paused loop: which rows it holds, at which level, with which latents, and what the denoiser said of them.
         self._loop: StockLoop | None = None
@@ -52,11 +62,19 @@ class PipelineDenoiser:
     # --- Denoiser ---
 
     @property
-    def schedule(self) -> NoiseSchedule:
-        """The levels that the pipeline's scheduler gives for this call."""
+    def steps(self) -> int:
+        """Number of levels that the call visits; with some schedulers more than `num_inference_steps`."""
         self.initial()
-        assert self._schedule is not None
-        return self._schedule
+        return self._steps
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The levels that the pipeline's scheduler gives for this call.
+
+        Raises:
+            ValueError: if the scheduler takes no single steps from level to level, saying what to do.
+        """
+        return self._read().schedule
 
     @property
     def evaluations_per_row(self) -> float:
@@ -64,26 +82,64 @@ class PipelineDenoiser:
         self.initial()
         return self._per_row
 
-    def initial(self) -> Tensor:
-        """The latents the stock call starts from (its own generator or `latents` argument)."""
+    def initial(self, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+        """The latents [B, ...] the stock call starts from: its own, or those it prepares with other generators [B]."""
         if self._initial is None:
-            self._initial = self._restart(self._call, self._base, skip=0)
-        return self._initial
+            call = self._call
+            if isinstance(call.get("generator"), list) and traits_of(self.pipe).images:
+                # An image for each row, so that each is encoded with its row's random numbers and not with the first's.
+                call = self._call_for(self._base, call["generator"])
+            self._initial = self._restart(call, self._base)
+        if generators is None:
+            return self._initial
+        loop = self._new_loop(self._call_for(self._base, list(generators)), self._base)
+        pause = loop.resume()
+        loop.close()
+        assert isinstance(pause, Start)
+        return pause.latents
 
     def predict(self, x: Tensor, level: int, rows: Tensor | None = None) -> Prediction:
         """Denoise x at a level; see `core.denoiser.Denoiser`."""
-        schedule = self.schedule
-        alpha, sigma = schedule.coefficients(level)
-        if level == schedule.steps:
+        levels = self._read()
+        levels.schedule.coefficients(level)
+        if level == self._steps:
             raise ValueError(f"level {level} is clean; there is nothing to predict")
         wanted = self._base if rows is None else tuple(rows.tolist())
         if len(wanted) != len(x):
             raise ValueError(f"{len(x)} latents were given for {len(wanted)} rows; they must be as many")
         step = self._step_at(x, level, wanted)
-        return to_prediction(step.sample, step.model_output, alpha, sigma, "flow")
+        return levels.read(step.sample, step.model_output, level)
+
+    def follow(
+        self, rows: Tensor | None = None, generators: Sequence[torch.Generator] | None = None
+    ) -> Iterator[tuple[Prediction | None, Tensor]]:
+        """Run the call with the scheduler's own steps; see `core.denoiser.Denoiser`.
+
+        Without generators this is the stock call, bit for bit.
+        """
+        self.initial()
+        readable = refusal(self.pipe.scheduler) is None
+        wanted = self._base if rows is None else tuple(rows.tolist())
+        if generators is not None:
+            self._restart(self._call_for(wanted, list(generators)), wanted)
+        elif self._loop is None or self._level or self._step is not None or self._rows != self._base:
+            self._restart(
+                self._call_for(self._base, self._draws.again(self._base, self._base)), self._base, self._initial
+            )
+        assert self._loop is not None
+        self._loop.own_steps = True
+        for level in range(self._steps):
+            step = self._advance(None)
+            assert step.following is not None
+            prediction = self._read().read(step.sample, step.model_output, level) if readable else None
+            self._level, self._sample = level, step.following
+            yield prediction, step.following
 
     def decode(self, x0: Tensor) -> Tensor:
-        """Clean latents [R, ...] to images [R, 3, H, W] in [0, 1] by the pipeline's own decoder; differentiable."""
+        """Clean latents [R, ...] to images [R, 3, H, W] in [0, 1] (videos [R, F, 3, H, W]), differentiable.
+
+        It is the pipeline's own decoder.
+        """
         self.ledger.decodes += len(x0)
         images = [self._zero_step(chunk, "pt") for chunk in x0.split(_DECODE_BATCH)]
         return torch.cat(images).float()
@@ -94,15 +150,12 @@ class PipelineDenoiser:
         """The stock output for final latents [B, ...], in the output type the call asked for."""
         if self._call.get("output_type") != "latent":
             self.ledger.decodes += len(x0)
-        if (
-            self._loop is not None
-            and self._loop.alive
-            and self._rows == self._base
-            and self._level == self.schedule.steps - 1
-        ):
-            pause = self._loop.resume(x0)
-            assert isinstance(pause, Done)
-            return pause.output
+        at_end = self._rows == self._base and self._level == self.steps - 1
+        if self._loop is not None and self._loop.alive and at_end and self._step is not None:
+            if self._step.following is None or self._step.following is x0:
+                pause = self._loop.resume(x0)
+                assert isinstance(pause, Done)
+                return pause.output
         return self._zero_step(x0, self._call.get("output_type", "pil"), whole=True)
 
     def close(self) -> None:
@@ -113,6 +166,12 @@ class PipelineDenoiser:
 
     # --- driving the loop ---
 
+    def _read(self) -> Levels:
+        self.initial()
+        if self._levels is None:
+            self._levels = read_levels(self.pipe.scheduler, self._scheduler_state, self._steps)
+        return self._levels
+
     def _step_at(self, x: Tensor, level: int, rows: tuple[int, ...]) -> Step:
         going_on = self._loop is not None and self._loop.alive and rows == self._rows
         if going_on and level == self._level and x is self._sample and self._step is None:
@@ -120,23 +179,36 @@ class PipelineDenoiser:
         if going_on and level == self._level and x is self._sample and self._still_holds(x):
             assert self._step is not None
             return self._step
-        if going_on and level == self._level + 1 and self._step is not None:
+        if going_on and level == self._level + 1 and self._step is not None and self._step.following is None:
             return self._advance(x)
-        call = self._without_conditioning() | {"latents": x, "prompt": [self.prompts[r] for r in rows]}
-        self._restart(call, rows, skip=level)
-        self._sample = x
+        self._restart(self._call_for(rows, self._draws.again(rows, self._base)), rows, x, level)
         return self._advance(None)
 
-    def _restart(self, call: dict[str, Any], rows: tuple[int, ...], skip: int) -> Tensor:
+    def _new_loop(
+        self,
+        call: dict[str, Any],
+        rows: tuple[int, ...],
+        latents: Tensor | None = None,
+        skip: int = 0,
+    ) -> StockLoop:
+        return StockLoop(self.pipe, call, latents, skip, _Encoder(self._encoded, rows, len(self._base)))
+
+    def _restart(
+        self,
+        call: dict[str, Any],
+        rows: tuple[int, ...],
+        latents: Tensor | None = None,
+        skip: int = 0,
+    ) -> Tensor:
         """Begin a stock call and stop before its first step; returns its first latents."""
         self.close()
-        self._loop = StockLoop(self.pipe, call, skip, partial(self._encode_prompt, rows))
+        self._loop = self._new_loop(call, rows, latents, skip)
         self._rows, self._level, self._step = rows, skip, None
         pause = self._resume(None)
         if not isinstance(pause, Start):
             raise ValueError(f"{type(self.pipe).__name__} opened no progress bar before its loop; it cannot be driven")
-        if self._schedule is None:
-            self._schedule = _schedule_of(self._loop.scheduler_state())
+        if not self._steps:
+            self._steps, self._scheduler_state = pause.steps, self._loop.scheduler_state()
         self._per_row = self._per_row or (2.0 if pause.guided else 1.0)
         self._sample = pause.latents
         return pause.latents
@@ -147,7 +219,10 @@ class PipelineDenoiser:
         before = self._loop.evaluations
         pause = self._resume(x)
         if not isinstance(pause, Step):
+            stopped = self._loop.interrupted
             self._loop = None
+            if stopped:  # the caller's callback asked for it: the sampler returns the best so far, as on Ctrl-C
+                raise KeyboardInterrupt
             raise ValueError(
                 f"{type(self.pipe).__name__} ended without calling scheduler.step; the engine needs a pipeline with "
                 "one denoising loop and num_inference_steps > 0"
@@ -162,7 +237,11 @@ class PipelineDenoiser:
         """Whether what was computed for x is what would be computed now: x unchanged, and a graph where one is due."""
         assert self._step is not None
         graph_due = torch.is_grad_enabled() and x.requires_grad
-        return x._version == self._version and graph_due == self._step.model_output.requires_grad
+        return (
+            self._step.following is None
+            and x._version == self._version
+            and graph_due == self._step.model_output.requires_grad
+        )
 
     def _resume(self, x: Tensor | None) -> Pause:
         assert self._loop is not None
@@ -174,35 +253,84 @@ class PipelineDenoiser:
 
     def _zero_step(self, x0: Tensor, output_type: str, whole: bool = False) -> Any:
         """Decode by running the stock call with every step skipped."""
-        call = self._without_conditioning() | {
-            "latents": x0,
-            "prompt": [""] * len(x0),
-            "output_type": output_type,
-            "callback_on_step_end": None,
-        }
         rows = self._base if whole else (0,) * len(x0)
-        loop = StockLoop(self.pipe, call, self.schedule.steps, partial(self._encode_prompt, rows))
+        call = self._call_for(rows, self._draws.again(rows, self._base))
+        call |= {"output_type": output_type, "callback_on_step_end": None}
+        loop = self._new_loop(call, rows, x0, self.steps)
         pause = loop.resume()
         while not isinstance(pause, Done):
             pause = loop.resume()
         return pause.output if whole else pause.output[0]
 
-    def _without_conditioning(self) -> dict[str, Any]:
-        kept = {k: v for k, v in self._call.items() if not k.startswith(_CONDITIONING)}
-        return kept | {"generator": None, "num_images_per_prompt": 1}
+    def _call_for(
+        self, rows: tuple[int, ...], generators: list[torch.Generator] | torch.Generator | None
+    ) -> dict[str, Any]:
+        """The call for other rows: one image for each, whose conditioning `_Encoder` supplies."""
+        count = len(self._base)
+        call = {k: v for k, v in self._call.items() if k != "latents" and not k.startswith(_CONDITIONING)}
+        call |= {"prompt": [self.prompts[r] for r in rows], "generator": generators}
+        negative = self._call.get("negative_prompt")
+        if negative is not None or self._call.get("negative_prompt_embeds") is not None:
+            texts = list(negative) if isinstance(negative, list) else [negative or ""]
+            call["negative_prompt"] = [texts[r * len(texts) // count] for r in rows]
+        for name in traits_of(self.pipe).images:
+            if call.get(name) is not None:  # one for all rows, or one for each prompt
+                several = isinstance(call[name], list) or getattr(call[name], "ndim", 0) == 4
+                call[name] = pick_rows(list(call[name]) if several else [call[name]], rows, count)
+        if (copies := traits_of(self.pipe).copies) is not None:
+            call[copies] = 1
+        return call
 
-    def _encode_prompt(self, rows: tuple[int, ...], stock: Any, *args: Any, **kwargs: Any) -> Sequence[Tensor | None]:
-        """Stands in for the pipeline's `encode_prompt`: the first call is stock, later ones pick its rows."""
-        if self._embeds is None:
-            self._embeds = tuple(stock(*args, **kwargs))
-            return self._embeds
-        index = torch.tensor(rows)
-        return tuple(None if e is None else e[index.to(e.device)] for e in self._embeds)
+
+class _Draws:
+    """The random state that a call's generators had before it, so that a restart draws the same again."""
+
+    def __init__(self, generator: torch.Generator | list[torch.Generator] | None) -> None:
+        self._each = isinstance(generator, list)
+        given = generator if isinstance(generator, list) else [] if generator is None else [generator]
+        self._states = [(g.device, g.get_state(), g.initial_seed()) for g in given]
+
+    def again(self, rows: tuple[int, ...], base: tuple[int, ...]) -> list[torch.Generator] | torch.Generator | None:
+        """Generators for rows; one that served a whole batch cannot serve a part of it, so rows get seeds from it."""
+        if not self._states:
+            return None
+        if self._each:
+            return [self._copy(r) for r in rows]
+        if rows == base:
+            return self._copy(0)
+        device, _, seed = self._states[0]
+        return [torch.Generator(device).manual_seed(derive_seed(seed, r)) for r in rows]
+
+    def _copy(self, index: int) -> torch.Generator:
+        device, state, _ = self._states[index]
+        generator = torch.Generator(device)
+        generator.set_state(state)
+        return generator
+
+
+class _Encoder:
+    """Stands in for `encode_prompt` in one call: what the first call of a denoiser encoded serves all later ones.
+
+    Some pipelines encode twice in a call (prompts, then negative prompts), so results are kept by position.
+    """
+
+    def __init__(self, encoded: list[Any], rows: tuple[int, ...], count: int) -> None:
+        self._encoded, self._rows, self._count = encoded, rows, count
+        self._calls = 0
+
+    def __call__(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
+        index, self._calls = self._calls, self._calls + 1
+        if index < len(self._encoded):
+            return pick_rows(self._encoded[index], self._rows, self._count)
+        with torch.no_grad():
+            self._encoded.append(stock(*args, **kwargs))
+        return self._encoded[index]
 
 
 def prompts_of(call: Mapping[str, Any]) -> list[str]:
     """The prompt of every image a stock call asks for; "" where it passes embeddings instead of text."""
-    prompt, copies = call.get("prompt"), call.get("num_images_per_prompt") or 1
+    prompt = call.get("prompt")
+    copies = call.get("num_images_per_prompt") or call.get("num_videos_per_prompt") or 1
     if isinstance(prompt, str):
         prompts = [prompt]
     elif prompt is not None:
@@ -220,19 +348,8 @@ def require_drivable(pipe: DiffusionPipeline) -> None:
     for method in ("encode_prompt", "prepare_latents"):
         if not hasattr(pipe, method):
             raise ValueError(f"{type(pipe).__name__} has no {method}, where the engine pauses the stock call")
-    scheduler = pipe.scheduler
-    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        raise ValueError(
-            f"the guided samplers cannot read the predictions of {type(scheduler).__name__} yet; set "
-            "pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config) on a flow model, "
-            "or call the pipeline with sampler=None"
-        )
-
-
-def _schedule_of(state: dict[str, Any]) -> NoiseSchedule:
-    sigma = state["sigmas"].double().cpu()
-    timesteps = torch.cat([state["timesteps"].double().cpu(), torch.zeros(1, dtype=torch.float64)])
-    return NoiseSchedule(1 - sigma, sigma, timesteps)
+    if not hasattr(pipe.scheduler, "step"):
+        raise ValueError(f"{type(pipe).__name__} has no scheduler with a step, where the engine pauses the stock call")
 
 
 @torch.no_grad()

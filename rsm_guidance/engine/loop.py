@@ -7,34 +7,44 @@ up when a loop is abandoned, and the pipeline can be used for other things meanw
 """
 
 import functools
-from collections.abc import Callable, Sequence
+import inspect
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor
+
+from rsm_guidance.engine.families import DENOISERS, stock_call_of, traits_of, uses_guidance
 
 
 @dataclass(frozen=True)
 class Start:
-    """The loop is ready to begin: `latents` [B, ...] and timesteps are prepared, the denoiser has not been called.
+    """The loop is ready to begin: `latents` [B, ...] and `steps` timesteps are prepared, no denoiser has been called.
 
     `guided` says whether the call uses classifier-free guidance.
     """
 
     latents: Tensor
+    steps: int
     guided: bool
 
 
 @dataclass(frozen=True)
 class Step:
-    """The loop stands at `scheduler.step`; all tensors [B, ...], `timestep` a scalar."""
+    """The loop stands at `scheduler.step`; all tensors [B, ...], `timestep` a scalar.
+
+    `following` holds the latents [B, ...] to which the scheduler has stepped, where it takes its own steps.
+    """
 
     model_output: Tensor
     timestep: Tensor
     sample: Tensor
+    following: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,14 @@ class Done:
 
 
 Pause = Start | Step | Done
+
+
+@dataclass
+class _SchedulerOutput(BaseOutput):
+    """What `scheduler.step` returns, for pipelines that read it by name."""
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor
 
 
 class _FastForward:
@@ -58,20 +76,30 @@ class _FastForward:
         return self.left >= 0
 
 
+class _Blank:
+    """Stands in for a denoiser whose output will not be used: zeros like the latents, at no cost."""
+
+    def __init__(self, module: torch.nn.Module, latents: Tensor) -> None:
+        self._module, self._latents = module, latents
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor]:
+        return (self._latents.new_zeros(_batch_size(args, kwargs), *self._latents.shape[1:]),)
+
+
+def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Latents that a denoiser is called with: the length of its first input, by whatever name."""
+    return len(args[0] if args else next(kwargs[n] for n in ("hidden_states", "sample", "x") if n in kwargs))
+
+
 def _become(target: object, attributes: dict[str, Any]) -> None:
     """Replace an object's attributes; complete at every moment, should a signal arrive in between."""
     current = vars(target)
     current.update(attributes)
     for name in current.keys() - attributes.keys():
         del current[name]
-
-
-def _denoiser_of(pipe: DiffusionPipeline) -> torch.nn.Module:
-    for name in ("transformer", "unet"):
-        module = getattr(pipe, name, None)
-        if isinstance(module, torch.nn.Module):
-            return module
-    raise ValueError(f"{type(pipe).__name__} has neither a transformer nor a unet to denoise with")
 
 
 class StockLoop:
@@ -81,69 +109,139 @@ class StockLoop:
         pipe: the pipeline; its class's own `__call__` runs, without the `no_grad` around it, so that the caller's
             gradient mode holds.
         call: keyword arguments of that `__call__`.
+        latents: what the loop starts from, instead of the latents that the call prepares.
         skip: number of leading steps to skip without calling the denoiser.
         encode_prompt: replaces `pipe.encode_prompt` during the call; it receives the original as first argument.
+
+    Attributes:
+        evaluations: denoiser evaluations so far.
+        own_steps: whether the scheduler takes its own steps, pausing after each; set it before the first step.
     """
 
     def __init__(
         self,
         pipe: DiffusionPipeline,
         call: dict[str, Any],
+        latents: Tensor | None = None,
         skip: int = 0,
-        encode_prompt: Callable[..., Sequence[Tensor | None]] | None = None,
+        encode_prompt: Callable[..., Any] | None = None,
     ) -> None:
         self.pipe = pipe
-        self._denoiser = _denoiser_of(pipe)
         self.evaluations = 0
+        self.own_steps = False
+        self._override = latents
+        traits = traits_of(pipe)
+        self._blank = min(skip, int(traits.blends)) if traits.interrupts else skip
+        self._jump = skip - self._blank
+        self._call = dict(call)
+        if self._blank and call.get("callback_on_step_end") is not None:
+            self._call["callback_on_step_end"] = self._callback(call["callback_on_step_end"])
+        self._skipping = True
         self._latents: Tensor | None = None
+        self._denoisers = {n: m for n in DENOISERS if isinstance(m := getattr(pipe, n, None), torch.nn.Module)}
         self._inner_pipe: dict[str, Any] = dict(vars(pipe))
         self._inner_scheduler: dict[str, Any] = dict(vars(pipe.scheduler))
-        self._skip = skip
         self._install(encode_prompt)
-        stock_call = type(pipe).stock_call if hasattr(type(pipe), "stock_call") else type(pipe).__call__
+        stock_call = stock_call_of(type(pipe))
         run = getattr(stock_call, "__wrapped__", stock_call)
-        self._greenlet: greenlet = greenlet(lambda: Done(run(pipe, **call)))
+        self._greenlet: greenlet = greenlet(lambda: Done(run(pipe, **self._call)))
 
-    def _install(self, encode_prompt: Callable[..., Sequence[Tensor | None]] | None) -> None:
-        pipe, scheduler = self.pipe, self.pipe.scheduler
-        inner = self._inner_pipe
-        inner["_progress_bar_config"] = {"disable": True}
-        stock_prepare, stock_encode, stock_bar = pipe.prepare_latents, pipe.encode_prompt, pipe.progress_bar
-        stock_step, stock_set_timesteps = scheduler.step, scheduler.set_timesteps
+    def _install(self, encode_prompt: Callable[..., Any] | None) -> None:
+        pipe = self.pipe
+        stock_prepare, stock_bar, stock_step = pipe.prepare_latents, pipe.progress_bar, pipe.scheduler.step
+        draws = "generator" in inspect.signature(stock_step).parameters
 
         @functools.wraps(stock_prepare)
         def prepare_latents(*args: Any, **kwargs: Any) -> Any:
             prepared = stock_prepare(*args, **kwargs)
-            self._latents = prepared[0] if isinstance(prepared, tuple) else prepared
-            return prepared
+            several = isinstance(prepared, tuple | list)
+            own = prepared[0] if several else prepared
+            self._latents = own if self._override is None else self._override
+            return (self._latents, *prepared[1:]) if several else self._latents
 
         @functools.wraps(stock_bar)
-        def progress_bar(*args: Any, **kwargs: Any) -> Any:
+        def progress_bar(iterable: Any = None, total: int | None = None, **kwargs: Any) -> Any:
             # Opened right before the loop, when latents and timesteps are ready: the one place all families share.
             assert self._latents is not None
-            self._pause(Start(self._latents, bool(getattr(pipe, "do_classifier_free_guidance", False))))
-            return stock_bar(*args, **kwargs)
+            steps = self._steps(len(iterable) if total is None else total)
+            self._pause(Start(self._latents, steps, uses_guidance(pipe, self._call)))
+            self._fast_forward()
+            return stock_bar(iterable=iterable, total=total, **kwargs)
 
         @functools.wraps(stock_step)
-        def step(model_output: Tensor, timestep: Tensor, sample: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor]:
-            return (self._pause(Step(model_output, timestep, sample)),)
+        def step(model_output: Tensor, timestep: Tensor, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self.own_steps:
+                if draws:
+                    kwargs.setdefault("generator", self._call.get("generator"))
+                result = stock_step(model_output, timestep, sample, *args, **kwargs)
+                self._pause(Step(model_output, timestep, sample, result[0]))
+                return result
+            self._count_step(timestep)
+            if self._blank:
+                latents = self._pass_blank()
+            else:
+                self._skipping = False
+                latents = self._pause(Step(model_output, timestep, sample))
+            # Twice, since one-step pipelines read the second entry, x0; after the last step both are that.
+            return (latents, latents) if kwargs.get("return_dict") is False else _SchedulerOutput(latents, latents)
 
-        @functools.wraps(stock_set_timesteps)
-        def set_timesteps(*args: Any, **kwargs: Any) -> None:
-            stock_set_timesteps(*args, **kwargs)
-            if self._skip:
-                pipe._interrupt = _FastForward(self._skip)
-
+        inner = self._inner_pipe
         inner |= {"prepare_latents": prepare_latents, "progress_bar": progress_bar}
+        inner["_progress_bar_config"] = {"disable": True}
         if encode_prompt is not None:
+            stock_encode = pipe.encode_prompt
             inner["encode_prompt"] = functools.wraps(stock_encode)(functools.partial(encode_prompt, stock_encode))
-        self._inner_scheduler |= {"step": step, "set_timesteps": set_timesteps}
+        self._inner_scheduler["step"] = step
+
+    # --- inside the greenlet ---
 
     def _pause(self, pause: Pause) -> Any:
-        """Called inside the greenlet: hand `pause` to whoever resumed the loop, and wait for the next latents."""
+        """Hand `pause` to whoever resumed the loop, and wait for the next latents."""
         parent = self._greenlet.parent
         assert parent is not None
         return parent.switch(pause)
+
+    def _steps(self, total: int) -> int:
+        """Steps of the loop: what its progress bar counts, except with schedulers that step several times per level."""
+        scheduler = self.pipe.scheduler
+        if getattr(scheduler, "order", 1) == 1:
+            return total
+        return len(scheduler.timesteps) - (getattr(scheduler, "begin_index", None) or 0)
+
+    def _fast_forward(self) -> None:
+        """Arrange for the steps to be skipped: by the family's own interruption, else by denoisers that do nothing."""
+        pipe, scheduler = self.pipe, self.pipe.scheduler
+        if self._jump:
+            pipe._interrupt = _FastForward(self._jump)
+            if hasattr(scheduler, "_step_index"):
+                scheduler._step_index = (scheduler.begin_index or 0) + self._jump
+        if self._blank:
+            assert self._latents is not None
+            vars(pipe).update({name: _Blank(module, self._latents) for name, module in self._denoisers.items()})
+
+    def _pass_blank(self) -> Tensor:
+        """One skipped step is over; after the last one the denoisers are the real ones again."""
+        assert self._latents is not None
+        self._blank -= 1
+        if not self._blank:
+            vars(self.pipe).update(self._denoisers)
+        return self._latents
+
+    def _callback(self, stock: Callable[..., Any]) -> Callable[..., Any]:
+        """The caller's callback, which is not called for skipped steps."""
+        return lambda pipe, index, timestep, tensors: (
+            tensors if self._skipping else stock(pipe, index, timestep, tensors)
+        )
+
+    def _count_step(self, timestep: Tensor) -> None:
+        """Advance the scheduler's own counter, on which its `scale_model_input` depends."""
+        scheduler = self.pipe.scheduler
+        if hasattr(scheduler, "_step_index"):
+            if scheduler._step_index is None:
+                scheduler._init_step_index(timestep)
+            scheduler._step_index += 1
+
+    # --- outside ---
 
     @property
     def alive(self) -> bool:
@@ -154,23 +252,31 @@ class StockLoop:
         """Run to the next pause.  Exceptions of the stock call come through, and end the loop."""
         pipe, scheduler = self.pipe, self.pipe.scheduler
         outer_pipe, outer_scheduler = dict(vars(pipe)), dict(vars(scheduler))
-        counter = self._denoiser.register_forward_pre_hook(self._count, with_kwargs=True)
+        counters = [m.register_forward_pre_hook(self._count, with_kwargs=True) for m in self._denoisers.values()]
         self._greenlet.parent = getcurrent()
         started = bool(self._greenlet)
         try:
             _become(pipe, self._inner_pipe)
             _become(scheduler, self._inner_scheduler)
-            pause: Pause = self._greenlet.switch(latents) if started else self._greenlet.switch()
+            with warnings.catch_warnings():
+                if self._override is not None:
+                    warnings.simplefilter("ignore", FutureWarning)  # the first call has shown them
+                pause: Pause = self._greenlet.switch(latents) if started else self._greenlet.switch()
         finally:
-            counter.remove()
+            for counter in counters:
+                counter.remove()
             self._inner_pipe, self._inner_scheduler = dict(vars(pipe)), dict(vars(scheduler))
             _become(pipe, outer_pipe)
             _become(scheduler, outer_scheduler)
         return pause
 
     def _count(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        batch = args[0] if args else kwargs["hidden_states"]
-        self.evaluations += len(batch)
+        self.evaluations += _batch_size(args, kwargs)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a callback has set `pipe._interrupt`, which asks a stock call to end early."""
+        return self._inner_pipe.get("_interrupt") is True
 
     def scheduler_state(self) -> dict[str, Any]:
         """The scheduler's attributes as the loop left them (sigmas, timesteps)."""

@@ -134,11 +134,13 @@ def _call(
 ) -> Any:
     if sampler is not None:
         _check_prompt(call)
-    prompts = prompts_of(call)
-    if seed is not None:
-        if call.get("generator") is not None:
-            raise ValueError("pass either seed or generator, not both")
-        streams = RandomStreams.for_prompts(seed, prompts)
+    prompts, generator = prompts_of(call), call.get("generator")
+    if seed is not None and generator is not None:
+        raise ValueError("pass either seed or generator, not both")
+    if seed is None and sampler is not None:
+        seed = _seed_of(generator)
+    streams = RandomStreams.for_prompts(seed or 0, prompts)
+    if seed is not None and generator is None:
         call["generator"] = [streams.generator(row, "initial", 0) for row in range(len(prompts))]
     if sampler is None:
         given = [
@@ -152,8 +154,6 @@ def _call(
             )
         return stock_call(pipe, **call)
     sampler = make_sampler(sampler) if isinstance(sampler, str) else sampler
-    if seed is None:
-        streams = RandomStreams.for_prompts(_fresh_seed(call.get("generator")), prompts)
     judge = None if reward is None else load_judge(reward)
     scorer = None if value is None else load_judge(value)
     caps = budget if isinstance(budget, Budget) else Budget(evaluations=budget)
@@ -175,7 +175,7 @@ def _sample(
     pipe: DiffusionPipeline, sampler: Sampler, problem: Problem, on_step: Callable[[Progress], None] | None
 ) -> SamplerOutput:
     """Run a sampler under the pipeline's progress bar."""
-    with pipe.progress_bar(total=problem.denoiser.schedule.steps) as bar:
+    with pipe.progress_bar(total=problem.denoiser.steps) as bar:
 
         def progress(event: Progress) -> None:
             if event.level == 1:
@@ -204,7 +204,7 @@ def _set_judges(problem: Problem, judge: Judge | None, value: Judge | None) -> N
         problem.reward = judge
     scorer = judge if value is None else value
     if isinstance(scorer, DiffusionRewardModel):
-        problem.value = DRMValue(scorer, denoiser.schedule, denoiser.prompts, ledger)
+        problem.value = DRMValue(scorer, denoiser, ledger)
     elif scorer is not None:
         problem.value = TweedieValue(denoiser, scorer, ledger)
         problem.reward = problem.reward or scorer
@@ -225,10 +225,8 @@ def _check_prompt(call: dict[str, Any]) -> None:
             raise ValueError("the prompt is empty; there is nothing to guide towards")
 
 
-def _fresh_seed(generator: torch.Generator | list[torch.Generator] | None) -> int:
+def _seed_of(generator: torch.Generator | list[torch.Generator] | None) -> int:
     """A seed for our streams where the caller gave none: from their generator, else from torch's global one."""
-    if isinstance(generator, list):
-        generator = generator[0]
     if generator is None:
         return int(torch.randint(2**62, ()))
-    return generator.initial_seed()
+    return (generator[0] if isinstance(generator, list) else generator).initial_seed()

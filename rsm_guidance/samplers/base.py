@@ -11,8 +11,7 @@ from torch import Tensor
 from rsm_guidance.core.denoiser import Denoiser, Reward, Value
 from rsm_guidance.core.ledger import Ledger
 from rsm_guidance.core.random import RandomStreams
-from rsm_guidance.core.schedule import Prediction
-from rsm_guidance.core.transitions import Gaussian
+from rsm_guidance.core.transitions import Gaussian, Transition
 from rsm_guidance.rewards import judged, name_of
 
 
@@ -89,7 +88,7 @@ class Problem:
             prompts = [self.denoiser.prompts[r] for r in rows.tolist()]
             return judged(lambda: reward(self.denoiser.decode(x0), prompts), len(x0), name_of(reward))
         if self.value is not None:
-            return self.values(x0, self.denoiser.schedule.steps, rows)
+            return self.values(x0, self.denoiser.steps, rows)
         return None
 
     def require_judge(self, sampler: str) -> None:
@@ -99,8 +98,8 @@ class Problem:
 
     def require_budget(self) -> None:
         """Raise a ValueError if the budget does not reach for one unguided image."""
-        schedule, cost = self.denoiser.schedule, self.denoiser.evaluations_per_row
-        needed = schedule.steps * cost + self.final_cost
+        steps, cost = self.denoiser.steps, self.denoiser.evaluations_per_row
+        needed = steps * cost + self.final_cost
         budget = self.ledger.budget
         for cap, calls, what in (
             (budget.reward_calls, self.final_calls, "reward calls"),
@@ -111,7 +110,7 @@ class Problem:
         cap = budget.evaluations
         if cap is not None and needed > cap + 1e-6:
             raise ValueError(
-                f"a budget of {cap:g} denoiser evaluations cannot finish one image: {schedule.steps} steps at {cost:g} "
+                f"a budget of {cap:g} denoiser evaluations cannot finish one image: {steps} steps at {cost:g} "
                 f"and the final score take {needed:g}; raise the budget or take fewer steps"
             )
 
@@ -129,18 +128,17 @@ class Problem:
 
     def initial(self, candidate: int) -> Tensor:
         """Starting latents [B, ...]; candidate 0 is where the stock pipeline starts."""
-        first = self.denoiser.initial()
-        if candidate == 0:
-            return first
-        _, sigma = self.denoiser.schedule.coefficients(0)
-        noise = [self.streams.normal(r, first.shape[1:], "initial", candidate) for r in range(self.count)]
-        return sigma * torch.stack(noise).to(first)
+        return self.denoiser.initial(self.starts(candidate) if candidate else None)
 
-    def report(self, level: int, prediction: Prediction, scores: Tensor | None = None) -> None:
-        """Tell the caller how far the run is."""
+    def starts(self, candidate: int) -> list[torch.Generator]:
+        """Generators [B] of a candidate's starting latents."""
+        return [self.streams.generator(r, "initial", candidate) for r in range(self.count)]
+
+    def report(self, level: int, x0: Tensor, scores: Tensor | None = None) -> None:
+        """Tell the caller how far the run is; `x0` [>= B, ...] estimates the clean latents."""
         if self.progress is not None:
             b = self.count
-            self.progress(Progress(level + 1, self.denoiser.schedule.steps, prediction.x0[:b].detach(), scores))
+            self.progress(Progress(level + 1, self.denoiser.steps, x0[:b].detach(), scores))
 
 
 @dataclass
@@ -175,12 +173,13 @@ class Sampler(Protocol):
 
 
 def new_trace(sampler: Any, problem: Problem) -> dict[str, Any]:
-    """An empty trace: the sampler's settings, the prompts and the noise levels."""
+    """An empty trace: the sampler's settings, the prompts and, where the run steps by itself, the noise levels."""
+    own = getattr(sampler, "transition", None) == Transition("scheduler")
     return {
         "sampler": {"name": sampler.name, **asdict(sampler)},
         "prompts": list(problem.denoiser.prompts),
         "seed": problem.streams.seed,
-        "sigma": problem.denoiser.schedule.sigma.tolist(),
+        "sigma": None if own else problem.denoiser.schedule.sigma.tolist(),
         "levels": [],
     }
 

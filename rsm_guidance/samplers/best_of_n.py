@@ -27,7 +27,7 @@ class BestOfN:
 
     name: ClassVar[str] = "best-of-n"
     candidates: int = 4
-    transition: Transition = Transition("ode")
+    transition: Transition = Transition("scheduler")
     batch_rows: int = 64
 
     def __post_init__(self) -> None:
@@ -52,7 +52,7 @@ class BestOfN:
                 if not latents:  # not one sample is finished: the first estimate is the best so far
                     if rollout.estimate is None:
                         raise
-                    latents = [rollout.estimate.x0[: problem.count]]
+                    latents = [rollout.estimate[: problem.count]]
                 break
             latents += list(torch.split(x0, problem.count))
             if scores is not None:
@@ -72,7 +72,7 @@ class BestOfN:
         """
         count = self.candidates
         denoiser, budget = problem.denoiser, problem.ledger.budget
-        each = denoiser.schedule.steps * denoiser.evaluations_per_row + problem.final_cost
+        each = denoiser.steps * denoiser.evaluations_per_row + problem.final_cost
         calls = problem.final_calls
         for cap, cost, fixed in (
             (budget.evaluations, each, 0),

@@ -1,5 +1,6 @@
 """Unguided sampling: `none`, and the rollouts that other samplers are made of."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -31,37 +32,50 @@ class Rollout:
     def __init__(self, problem: Problem, transition: Transition, candidates: list[int]) -> None:
         self.problem, self.transition, self.candidates = problem, transition, candidates
         self.rows = problem.rows.repeat(len(candidates))
-        self.estimate: Prediction | None = None
+        self.estimate: Tensor | None = None
 
     def run(self) -> Tensor:
         """Clean latents [len(candidates) * B, ...].
 
         Raises:
-            Interrupted: on Ctrl-C or at the deadline; `estimate` then holds the last prediction.
+            Interrupted: on Ctrl-C or at the deadline; `estimate` then holds the last estimate of the clean latents.
         """
+        steps = self._own_steps() if self.transition.kind == "scheduler" else self._our_steps()
+        with interruptible(self.problem):
+            check_deadline(self.problem)
+            for level, (prediction, x) in enumerate(steps):
+                self.estimate = x if prediction is None else prediction.x0
+                self.problem.report(level, self.estimate)
+                if level + 1 < self.problem.denoiser.steps:
+                    check_deadline(self.problem)
+        return x
+
+    def _our_steps(self) -> Iterator[tuple[Prediction, Tensor]]:
         problem, schedule = self.problem, self.problem.denoiser.schedule
         starts = [problem.initial(c) for c in self.candidates]
         x = starts[0] if len(starts) == 1 else torch.cat(starts)
-        with interruptible(problem):
-            for level in range(schedule.steps):
-                check_deadline(problem)
-                self.estimate = problem.denoiser.predict(x, level, self.rows)
-                gaussian = self.transition(self.estimate, schedule, level, level + 1)
-                x = problem.step(gaussian, level, self.candidates)
-                problem.report(level, self.estimate)
-        return x
+        for level in range(schedule.steps):
+            prediction = problem.denoiser.predict(x, level, self.rows)
+            x = problem.step(self.transition(prediction, schedule, level, level + 1), level, self.candidates)
+            yield prediction, x
+
+    def _own_steps(self) -> Iterator[tuple[Prediction | None, Tensor]]:
+        if self.candidates == [0]:
+            return self.problem.denoiser.follow()
+        generators = [g for c in self.candidates for g in self.problem.starts(c)]
+        return self.problem.denoiser.follow(self.rows, generators)
 
 
 @dataclass(frozen=True)
 class Unguided:
-    """One sample per prompt, nothing chosen.  With the `ode` transition it is the stock pipeline, bit for bit.
+    """One sample per prompt, nothing chosen.  At its default it is the stock pipeline, bit for bit.
 
     Attributes:
-        transition: how to step; the deterministic `ode` or a stochastic transition.
+        transition: how to step; the pipeline's own scheduler, or one of ours.
     """
 
     name: ClassVar[str] = "none"
-    transition: Transition = Transition("ode")
+    transition: Transition = Transition("scheduler")
 
     def sample(self, problem: Problem) -> SamplerOutput:
         """Cost: one denoiser evaluation per level and image (two with CFG)."""
@@ -73,5 +87,5 @@ class Unguided:
         except Interrupted:
             if rollout.estimate is None:
                 raise
-            x0 = rollout.estimate.x0
+            x0 = rollout.estimate
         return finished(problem, x0, trace)

@@ -92,7 +92,7 @@ class StepwiseSampling:
                     check_deadline(problem)
                     estimate = problem.denoiser.predict(x, level, rows)
                     x, scores = self._advance(problem, estimate, level, runs, rows, trace)
-                    problem.report(level, estimate, scores)
+                    problem.report(level, estimate.x0, scores)
         except Interrupted:
             if estimate is None:
                 raise

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from rsm_guidance.core.denoiser import Denoiser, Reward
 from rsm_guidance.core.ledger import Ledger
-from rsm_guidance.core.schedule import NoiseSchedule, Prediction
+from rsm_guidance.core.schedule import Prediction
 from rsm_guidance.rewards import name_of
 from rsm_guidance.values.drm import DiffusionRewardModel
 
@@ -16,8 +16,7 @@ class DRMValue:
     """A diffusion reward model at the noise level of the latents; costs its share of the denoiser's depth."""
 
     drm: DiffusionRewardModel
-    schedule: NoiseSchedule
-    prompts: list[str]
+    denoiser: Denoiser
     ledger: Ledger
     reward_calls_per_row = 0
 
@@ -31,7 +30,10 @@ class DRMValue:
 
     def __call__(self, x: Tensor, level: int, rows: Tensor, prediction: Prediction | None = None) -> Tensor:
         self.ledger.charge_value(len(x), self.drm.depth_share)
-        return self.drm.score(x, level, [self.prompts[r] for r in rows.tolist()], self.schedule)
+        prompts = [self.denoiser.prompts[r] for r in rows.tolist()]
+        if level == self.denoiser.steps:  # clean, whatever the scheduler
+            return self.drm.score(x, 0.0, prompts)
+        return self.drm.score(x, level, prompts, self.denoiser.schedule)
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class TweedieValue:
 
     def __call__(self, x: Tensor, level: int, rows: Tensor, prediction: Prediction | None = None) -> Tensor:
         x0 = x
-        if level < self.denoiser.schedule.steps:
+        if level < self.denoiser.steps:
             x0 = (prediction or self.denoiser.predict(x, level, rows)).x0
         self.ledger.reward_calls += len(x)
         return self.reward(self.denoiser.decode(x0), [self.denoiser.prompts[r] for r in rows.tolist()])

@@ -5,7 +5,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, StableDiffusion3Pipeline
+from diffusers import FlowMatchHeunDiscreteScheduler, StableDiffusion3Pipeline
 
 from rsm_guidance.core.transitions import ode
 from rsm_guidance.engine import PipelineDenoiser, encode_images, require_drivable
@@ -168,10 +168,13 @@ def test_pipelines_that_cannot_be_driven_are_refused_with_the_reason(stock: Stab
     with pytest.raises(ValueError, match="a diffusers pipeline is needed"):
         require_drivable(object())  # type: ignore[arg-type]
     held = stock.scheduler
-    stock.scheduler = EulerDiscreteScheduler()
+    stock.scheduler = FlowMatchHeunDiscreteScheduler()
     try:
-        with pytest.raises(ValueError, match="EulerDiscreteScheduler"):
-            PipelineDenoiser(stock, call())
+        with (
+            closing(PipelineDenoiser(stock, call())) as denoiser,
+            pytest.raises(ValueError, match="FlowMatchHeunDiscreteScheduler.*more than once per level.*best-of-n"),
+        ):
+            denoiser.predict(denoiser.initial(), 0)
     finally:
         stock.scheduler = held
     with closing(PipelineDenoiser(stock, call())) as denoiser, pytest.raises(ValueError, match="level 5 is clean"):

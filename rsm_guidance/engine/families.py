@@ -1,0 +1,91 @@
+"""The few things in which pipeline classes differ for the engine, each with its reason."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+DENOISERS = ("transformer", "transformer_2", "unet")
+
+
+@dataclass(frozen=True)
+class Traits:
+    """How the engine has to treat a pipeline class.
+
+    Attributes:
+        interrupts: its loop skips a step when `pipe.interrupt` is set; others are skipped with a blank denoiser.
+        blends: it changes the latents after `scheduler.step` (inpainting pastes the known region), so that a jump has
+            to run the end of the step before.
+        true_cfg: its `guidance_scale` is an input of the denoiser; classifier-free guidance is `true_cfg_scale`.
+        copies: name of the argument for several samples per prompt, if any.
+        images: names of the input images that it encodes with random numbers, one for each row.
+    """
+
+    interrupts: bool
+    blends: bool
+    true_cfg: bool
+    copies: str | None
+    images: tuple[str, ...]
+
+
+def stock_call_of(cls: type[DiffusionPipeline]) -> Callable[..., Any]:
+    """The `__call__` of the stock class, also for a reward-guided subclass."""
+    return getattr(cls, "stock_call", None) or cls.__call__
+
+
+def traits_of(pipe: DiffusionPipeline) -> Traits:
+    """The traits of a pipeline's class, read from its signature, its source and its name."""
+    return _traits(type(pipe))  # type: ignore[arg-type]
+
+
+@functools.cache
+def _traits(cls: type[DiffusionPipeline]) -> Traits:
+    call, name = stock_call_of(cls), cls.__name__
+    draws = any(word in name for word in ("Img2Img", "Inpaint", "Fill"))
+    parameters = inspect.signature(call).parameters
+    return Traits(
+        interrupts="self.interrupt" in inspect.getsource(call),
+        blends="Inpaint" in name,
+        true_cfg="true_cfg_scale" in parameters,
+        copies=next((n for n in ("num_images_per_prompt", "num_videos_per_prompt") if n in parameters), None),
+        images=tuple(n for n in ("image", "mask_image") if draws and n in parameters),
+    )
+
+
+def uses_guidance(pipe: DiffusionPipeline, call: dict[str, Any]) -> bool:
+    """Whether a call evaluates the denoiser twice per level for classifier-free guidance, before it has run."""
+    parameters = inspect.signature(stock_call_of(type(pipe))).parameters
+
+    def argument(name: str) -> Any:
+        return call.get(name, parameters[name].default if name in parameters else None)
+
+    if traits_of(pipe).true_cfg:
+        negative = argument("negative_prompt") is not None or argument("negative_prompt_embeds") is not None
+        return negative and (argument("true_cfg_scale") or 0) > 1
+    if hasattr(type(pipe), "do_classifier_free_guidance"):
+        return bool(pipe.do_classifier_free_guidance)
+    return (argument("guidance_scale") or 0) > 1
+
+
+def pick_rows(value: Any, rows: tuple[int, ...], count: int) -> Any:
+    """The entries of a conditioning (tensor, list or None) that belong to some rows, out of those of `count` images.
+
+    A conditioning that was made once per prompt serves all the images of that prompt.  Position ids [L, 3] (Flux) have
+    no batch, features of several layers [L, B, ...] (HiDream) have it second.
+    """
+    if isinstance(value, tuple):
+        return tuple(pick_rows(v, rows, count) for v in value)
+    if isinstance(value, Tensor):
+        axis = 1 if value.ndim == 4 else 0
+        size = value.shape[axis]
+        if count % size or (value.ndim == 2 and value.shape[1] == 3):
+            return value
+        return value.index_select(axis, torch.tensor([r * size // count for r in rows], device=value.device))
+    if not isinstance(value, list) or not value or count % len(value):
+        return value
+    return [value[r * len(value) // count] for r in rows]

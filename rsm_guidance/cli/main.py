@@ -13,6 +13,7 @@ def _parse(arguments: list[str]) -> Any:
     import tyro
 
     from rsm_guidance.cli.commands import Compare, Evaluate, Sample, Score
+    from rsm_guidance.cli.families import Families
 
     if arguments and arguments[0] in _GROUPS:
         from rsm_guidance.cli.training import BENCHMARK, TRAIN, with_config
@@ -22,7 +23,7 @@ def _parse(arguments: list[str]) -> Any:
         return tyro.extras.subcommand_cli_from_dict(
             commands, prog=f"{_PROGRAM} {group}", args=[*arguments[1:2], *with_config(arguments[2:])]
         )
-    commands = {"sample": Sample, "compare": Compare, "score": Score, "evaluate": Evaluate}
+    commands = {"sample": Sample, "compare": Compare, "score": Score, "evaluate": Evaluate, "families": Families}
     description = (
         "Reward guidance for diffusion and flow pipelines. Besides the commands below: `train reward`, `train base` and "
         "`benchmark samplers`, each with --help."

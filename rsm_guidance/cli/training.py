@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from rsm_guidance.evaluation.benchmark import SamplersBenchmark, run_samplers_benchmark, table
+from rsm_guidance.evaluation.engine_benchmark import EngineBenchmark, engine_table, run_engine_benchmark
 from rsm_guidance.evaluation.files import require_writable
 from rsm_guidance.training.judges import JudgesBenchmark, judges_table, run_judges_benchmark
 from rsm_guidance.training.reward import RewardTrainConfig, train_reward
@@ -69,8 +70,20 @@ class Judges(JudgesBenchmark):
         print(judges_table(run_judges_benchmark(self)))
 
 
+@dataclass(frozen=True)
+class Engine(EngineBenchmark):
+    """Measure what the engine costs beside the stock call.
+
+    rsm-guidance benchmark engine --out engine.json
+    """
+
+    def run(self) -> None:
+        require_writable(self.out)
+        print(engine_table(run_engine_benchmark(self)))
+
+
 TRAIN = {"reward": Reward, "base": Base}
-BENCHMARK = {"samplers": Samplers, "judges": Judges}
+BENCHMARK = {"samplers": Samplers, "judges": Judges, "engine": Engine}
 
 
 def with_config(arguments: list[str]) -> list[str]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from rsm_guidance.core.ledger import Ledger
 from rsm_guidance.core.random import derive_seed
 from rsm_guidance.core.schedule import NoiseSchedule, Prediction
-from rsm_guidance.engine.families import pick_rows, traits_of
+from rsm_guidance.engine.families import pick_rows, traits_of, why_not
 from rsm_guidance.engine.loop import Done, Pause, Start, Step, StockLoop
 from rsm_guidance.engine.schedulers import Levels, read_levels, refusal
 
@@ -42,7 +42,9 @@ class PipelineDenoiser:
         self.pipe = pipe
         self.ledger = ledger or Ledger()
         self.prompts = prompts_of(call)
-        self._call = dict(call)
+        self._call = {
+            k: list(v) if isinstance(v, list) else v for k, v in call.items()
+        }  # some calls change their lists
         self._draws = _Draws(call.get("generator"))
         self._encoded: list[Any] = []
         self._levels: Levels | None = None
@@ -156,7 +158,7 @@ class PipelineDenoiser:
                 pause = self._loop.resume(x0)
                 assert isinstance(pause, Done)
                 return pause.output
-        return self._zero_step(x0, self._call.get("output_type", "pil"), whole=True)
+        return self._zero_step(x0, str(self._call.get("output_type", "pil")), whole=True)
 
     def close(self) -> None:
         """Abandon the paused call, if there is one."""
@@ -345,9 +347,9 @@ def require_drivable(pipe: DiffusionPipeline) -> None:
     """Raise a ValueError that says why the engine cannot drive this pipeline, if so."""
     if not isinstance(pipe, DiffusionPipeline):
         raise ValueError(f"a diffusers pipeline is needed, not {type(pipe).__name__}")
-    for method in ("encode_prompt", "prepare_latents"):
-        if not hasattr(pipe, method):
-            raise ValueError(f"{type(pipe).__name__} has no {method}, where the engine pauses the stock call")
+    reason = why_not(type(pipe))
+    if reason is not None:
+        raise ValueError(f"{type(pipe).__name__} cannot be guided: {reason}; call it with sampler=None")
     if not hasattr(pipe.scheduler, "step"):
         raise ValueError(f"{type(pipe).__name__} has no scheduler with a step, where the engine pauses the stock call")
 

@@ -57,6 +57,18 @@ def _traits(cls: type[DiffusionPipeline]) -> Traits:
     )
 
 
+def why_not(cls: type[DiffusionPipeline]) -> str | None:
+    """Why the engine cannot drive a pipeline class; None if it can."""
+    source = inspect.getsource(stock_call_of(cls))
+    if "scheduler.step(" not in source:
+        return "its __call__ has no denoising loop with scheduler.step"
+    if not hasattr(cls, "prepare_latents"):
+        return "it has no prepare_latents, where the engine sets the latents of a jump"
+    if "progress_bar" not in source:
+        return "it opens no progress bar before its denoising loop, where the engine reads what the call has prepared"
+    return None
+
+
 def uses_guidance(pipe: DiffusionPipeline, call: dict[str, Any]) -> bool:
     """Whether a call evaluates the denoiser twice per level for classifier-free guidance, before it has run."""
     parameters = inspect.signature(stock_call_of(type(pipe))).parameters

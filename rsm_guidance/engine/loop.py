@@ -188,7 +188,7 @@ class StockLoop:
         inner = self._inner_pipe
         inner |= {"prepare_latents": prepare_latents, "progress_bar": progress_bar}
         inner["_progress_bar_config"] = {"disable": True}
-        if encode_prompt is not None:
+        if encode_prompt is not None and hasattr(pipe, "encode_prompt"):
             stock_encode = pipe.encode_prompt
             inner["encode_prompt"] = functools.wraps(stock_encode)(functools.partial(encode_prompt, stock_encode))
         self._inner_scheduler["step"] = step
@@ -202,11 +202,11 @@ class StockLoop:
         return parent.switch(pause)
 
     def _steps(self, total: int) -> int:
-        """Steps of the loop: what its progress bar counts, except with schedulers that step several times per level."""
+        """Steps of the loop, from the levels that its progress bar counts; some schedulers step more often than that."""
         scheduler = self.pipe.scheduler
-        if getattr(scheduler, "order", 1) == 1:
-            return total
-        return len(scheduler.timesteps) - (getattr(scheduler, "begin_index", None) or 0)
+        if hasattr(scheduler, "begin_index"):
+            return len(scheduler.timesteps) - (scheduler.begin_index or 0)
+        return total + len(scheduler.timesteps) - (scheduler.num_inference_steps or total)
 
     def _fast_forward(self) -> None:
         """Arrange for the steps to be skipped: by the family's own interruption, else by denoisers that do nothing."""

@@ -1,14 +1,27 @@
-"""Reward-guided diffusers pipeline classes, and where the shims for `custom_pipeline=` lie."""
+"""Reward-guided diffusers pipeline classes, and where the shims for `custom_pipeline=` lie.
+
+`RewardGuided<Name>` exists here for every pipeline class `<Name>` that diffusers exports.
+"""
 
 from pathlib import Path
+from typing import Any
 
-from diffusers import StableDiffusion3Pipeline
+import diffusers
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 
 from rsm_guidance.pipelines.guided import GuidedPipelineOutput, reward_guided
 
 RewardGuidedStableDiffusion3Pipeline = reward_guided(StableDiffusion3Pipeline)
 
+_PREFIX = "RewardGuided"
 _SHIMS = (Path(__file__).parent / "shims", Path(__file__).parents[2] / "pipelines")  # in a wheel; in a checkout
+
+
+def __getattr__(name: str) -> Any:
+    base = getattr(diffusers, name.removeprefix(_PREFIX), None) if name.startswith(_PREFIX) else None
+    if not (isinstance(base, type) and issubclass(base, DiffusionPipeline)):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return reward_guided(base)
 
 
 def custom_pipeline(family: str) -> str:

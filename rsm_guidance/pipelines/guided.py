@@ -72,10 +72,12 @@ def reward_guided(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
     signature = inspect.signature(stock_call)
     parameters = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     names = [p.name for p in parameters]
+    ours = [p for p in _OURS if p.name not in names]  # an argument of the stock call keeps its meaning
+    open_ended = len(parameters) < len(signature.parameters)  # some stock calls take further, deprecated arguments
 
     @functools.wraps(stock_call)
     def __call__(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
-        ours = {p.name: kwargs.pop(p.name, p.default) for p in _OURS}
+        given = {p.name: kwargs.pop(p.name, p.default) for p in ours}
         if len(args) >= len(names):
             raise TypeError(
                 f"{type(self).__name__} takes at most {len(names) - 1} positional arguments, {len(args)} given"
@@ -86,11 +88,11 @@ def reward_guided(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
             raise TypeError(f"{type(self).__name__} got several values for {sorted(repeated)[0]!r}")
         call |= kwargs
         unknown = sorted(call.keys() - set(names))
-        if unknown:
+        if unknown and not open_ended:
             raise TypeError(f"{type(self).__name__} got an unexpected argument {unknown[0]!r}")
-        return _call(self, stock_call, call, **ours)
+        return _call(self, stock_call, call, **given)
 
-    __call__.__signature__ = signature.replace(parameters=[*parameters, *_OURS])  # type: ignore[attr-defined]
+    __call__.__signature__ = signature.replace(parameters=[*parameters, *ours])  # type: ignore[attr-defined]
     __call__.__doc__ = (stock_call.__doc__ or "").rstrip() + _ARGUMENTS
 
     def from_pipe(cls: type[DiffusionPipeline], pipeline: DiffusionPipeline, **kwargs: Any) -> DiffusionPipeline:
@@ -129,8 +131,8 @@ def _call(
     reward: Judge | str | None,
     value: Judge | str | None,
     budget: Budget | float | None,
-    seed: int | None,
     on_step: Callable[[Progress], None] | None,
+    seed: int | None = None,
 ) -> Any:
     if sampler is not None:
         _check_prompt(call)

@@ -59,8 +59,7 @@ def drive(denoiser: PipelineDenoiser, levels: int | None = None) -> list[Tensor]
 def test_the_schedulers_own_steps_are_bitwise_the_stock_call(pipe: DiffusionPipeline, name: str) -> None:
     reference = images_of(pipe, **call(name))
     with closing(PipelineDenoiser(pipe, call(name))) as denoiser:
-        for _, x in denoiser.follow():
-            pass
+        *_, (_, x) = denoiser.follow()
         assert np.array_equal(np.asarray(denoiser.finish(x)[0]), reference)
         spent = denoiser.ledger.denoiser_evaluations
         assert spent == denoiser.steps * denoiser.evaluations_per_row * len(denoiser.prompts)
@@ -119,8 +118,7 @@ def test_gradients_flow_through_predict_and_decode(pipe: DiffusionPipeline, name
 def test_decode_is_the_stock_decode(pipe: DiffusionPipeline, name: str) -> None:
     reference = images_of(pipe, **call(name))
     with closing(PipelineDenoiser(pipe, call(name))) as denoiser:
-        for _, x in denoiser.follow():
-            pass
+        *_, (_, x) = denoiser.follow()
         images = denoiser.decode(x)
         assert images.shape[-3] == 3 and 0 <= images.min() and images.max() <= 1
         assert np.allclose(images.movedim(-3, -1).numpy(), reference, atol=1e-6)

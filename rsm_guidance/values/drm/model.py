@@ -197,7 +197,12 @@ class DiffusionRewardModel(
             prompts: B prompts.
             schedule: the levels that `level_or_timestep` counts in.
         """
-        if latents.ndim != 4 or len(latents) != len(prompts):
+        if latents.ndim != 4:
+            raise ValueError(
+                f"this reward model judges latents [B, C, H, W]; got {list(latents.shape)}, another latent space; use a "
+                "reward model trained on the generator's family"
+            )
+        if len(latents) != len(prompts):
             raise ValueError(
                 f"{len(prompts)} prompts need latents [{len(prompts)}, C, H, W]; got {list(latents.shape)}"
             )

@@ -160,6 +160,15 @@ class PipelineDenoiser:
                 return pause.output
         return self._zero_step(x0, str(self._call.get("output_type", "pil")), whole=True)
 
+    @property
+    def token_grid(self) -> tuple[int, int] | None:
+        """Rows and columns of packed latents [B, S, C]; None where latents are planes or the call leaves their size open."""
+        height, width = self._call.get("height"), self._call.get("width")
+        if self.initial().ndim != 3 or height is None or width is None:
+            return None
+        patch = 2 * self.pipe.vae_scale_factor
+        return height // patch, width // patch
+
     def close(self) -> None:
         """Abandon the paused call, if there is one."""
         if self._loop is not None:
@@ -356,10 +365,20 @@ def require_drivable(pipe: DiffusionPipeline) -> None:
 
 @torch.no_grad()
 def encode_images(pipe: DiffusionPipeline, images: Tensor) -> Tensor:
-    """Images [B, 3, H, W] in [0, 1] to the latents the denoiser works on (posterior mean, shifted and scaled)."""
+    """Images [B, 3, H, W] in [0, 1] to the latents the denoiser works on, scaled and packed (posterior mean)."""
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must be [B, 3, H, W]; got {list(images.shape)}")
-    vae = pipe.vae
-    latents = vae.encode((2 * images - 1).to(vae.device, vae.dtype)).latent_dist.mean
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    return (latents - shift) * vae.config.scaling_factor
+    vae, config = pipe.vae, pipe.vae.config
+    pixels = (2 * images - 1).to(vae.device, vae.dtype)
+    mean = config.get("latents_mean")
+    if mean is not None and config.get("latents_std") is not None and config.get("z_dim"):  # a video autoencoder
+        encoded = vae.encode(pixels.unsqueeze(2)).latent_dist.mean.squeeze(2)
+        shape = (1, -1, 1, 1)
+        latents = (encoded - encoded.new_tensor(mean).view(shape)) / encoded.new_tensor(config.latents_std).view(shape)
+    else:
+        encoded = vae.encode(pixels)
+        latents = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent
+        latents = (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+    if hasattr(pipe, "_pack_latents"):  # into 2x2 patches
+        latents = pipe._pack_latents(latents, *latents.shape)
+    return latents

@@ -206,7 +206,7 @@ def _set_judges(problem: Problem, judge: Judge | None, value: Judge | None) -> N
         problem.reward = judge
     scorer = judge if value is None else value
     if isinstance(scorer, DiffusionRewardModel):
-        problem.value = DRMValue(scorer, denoiser, ledger)
+        problem.value = DRMValue(scorer, denoiser, ledger, denoiser.token_grid)
     elif scorer is not None:
         problem.value = TweedieValue(denoiser, scorer, ledger)
         problem.reward = problem.reward or scorer

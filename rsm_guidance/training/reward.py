@@ -121,9 +121,10 @@ def batch_loss(
     sigma = torch.cat(
         [level[:, None].expand(g, k), groups.sigma[rows, None].expand(g, k), render_level[:, None].expand(g, 2)], 1
     )
-    text = (t.repeat_interleave(n, 0) for t in drm.encode([groups.prompts[r] for r in rows.tolist()]))
-    visual = drm.visual_tokens(latents.flatten(0, 1), 1000 * sigma.flatten(), *text)
-    scores = drm.head(visual, drm.grid(latents)).view(g, n)
+    prompts = [groups.prompts[r] for r in rows.tolist() for _ in range(n)]
+    x = latents.flatten(0, 1)
+    visual, grid = drm.features(x, 1000 * sigma.flatten(), prompts, drm.grid(x))
+    scores = drm.head(visual, grid).view(g, n)
     parts = {
         "renoised": pair_loss(scores[:, :k], groups.scores[rows]),
         "siblings": pair_loss(scores[:, k : 2 * k], groups.scores[rows]),
@@ -166,8 +167,6 @@ def train_reward(config: RewardTrainConfig) -> dict[str, object]:
         backbone=config.pipeline,
     )
     trunk = [p for p in drm.trunk.parameters() if p.requires_grad] if config.adaptation != "frozen" else []
-    if config.adaptation == "frozen":
-        drm.trunk.requires_grad_(False)
     objects = ObjectHead(drm.trunk.dim)
     head = [*drm.head.parameters(), *objects.parameters()]
     factors = [1.0, 0.33] if config.adaptation == "full" else [1.0, 1.0]

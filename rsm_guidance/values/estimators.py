@@ -13,11 +13,15 @@ from rsm_guidance.values.drm import DiffusionRewardModel
 
 @dataclass(frozen=True)
 class DRMValue:
-    """A diffusion reward model at the noise level of the latents; costs its share of the denoiser's depth."""
+    """A diffusion reward model at the noise level of the latents; costs its share of the denoiser's depth.
+
+    `grid` has the rows and columns of packed latents, where they are packed.
+    """
 
     drm: DiffusionRewardModel
     denoiser: Denoiser
     ledger: Ledger
+    grid: tuple[int, int] | None = None
     reward_calls_per_row = 0
 
     @property
@@ -32,8 +36,8 @@ class DRMValue:
         self.ledger.charge_value(len(x), self.drm.depth_share)
         prompts = [self.denoiser.prompts[r] for r in rows.tolist()]
         if level == self.denoiser.steps:  # clean, whatever the scheduler
-            return self.drm.score(x, 0.0, prompts)
-        return self.drm.score(x, level, prompts, self.denoiser.schedule)
+            return self.drm.score(x, 0.0, prompts, grid=self.grid)
+        return self.drm.score(x, level, prompts, self.denoiser.schedule, self.grid)
 
 
 @dataclass(frozen=True)

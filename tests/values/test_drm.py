@@ -35,10 +35,10 @@ def test_round_trip(stock: StableDiffusion3Pipeline, tmp_path: Path, adaptation:
 
 
 def test_frozen_shares_and_full_copies_the_backbone(stock: StableDiffusion3Pipeline) -> None:
-    block = stock.transformer.transformer_blocks[0]
-    assert rg.DiffusionRewardModel.from_pipeline(stock, blocks=2, adaptation="frozen").trunk.blocks[0] is block
+    frozen = rg.DiffusionRewardModel.from_pipeline(stock, blocks=2, adaptation="frozen")
+    assert frozen.trunk.module is stock.transformer
     full = rg.DiffusionRewardModel.from_pipeline(stock, blocks=2, adaptation="full")
-    assert full.trunk.blocks[0] is not block
+    assert full.trunk.module is not stock.transformer
     assert full.depth_share == pytest.approx(2 / 6)
     assert rg.DiffusionRewardModel.from_pipeline(stock).drm_config.blocks == 5  # 7/8 of 6
 
@@ -46,14 +46,15 @@ def test_frozen_shares_and_full_copies_the_backbone(stock: StableDiffusion3Pipel
 def test_trunk_is_the_denoisers_own_lower_half(stock: StableDiffusion3Pipeline) -> None:
     """Tokens of the trunk equal what the full transformer computes at that block."""
     drm = rg.DiffusionRewardModel.from_pipeline(stock, blocks=4, adaptation="frozen")
-    tokens, pooled = drm.encode(PROMPTS)
+    texts = drm.encode(PROMPTS)
     seen: list[torch.Tensor] = []
     handle = stock.transformer.transformer_blocks[3].register_forward_hook(lambda m, a, out: seen.append(out[1]))
     timestep = torch.full((3,), 600.0)
     with torch.no_grad():
-        stock.transformer(latents(), tokens, pooled, timestep)
+        stock.transformer(latents(), timestep=timestep, **texts)
         handle.remove()
-        assert torch.equal(drm.trunk(latents(), timestep, tokens, pooled), seen[0])
+        tokens, grid = drm.features(latents(), timestep, PROMPTS, drm.grid(latents()))
+        assert torch.equal(tokens, seen[0]) and grid == (8, 8)
 
 
 def test_scores_depend_on_prompt_level_and_row_alone(drm: rg.DiffusionRewardModel) -> None:

@@ -6,13 +6,14 @@ within one prompt and noise level.
 """
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline
 from huggingface_hub import ModelHubMixin, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -22,12 +23,13 @@ from rsm_guidance.core.schedule import NoiseSchedule
 from rsm_guidance.engine import encode_images
 from rsm_guidance.shapes.model import model_path
 from rsm_guidance.values.drm.head import RewardHead
-from rsm_guidance.values.drm.trunk import SD3Trunk
+from rsm_guidance.values.drm.backbones import Grid, Texts, backbone_of, denoiser_of
+from rsm_guidance.values.drm.trunk import Trunk, block_names
 
 Adaptation = Literal["frozen", "lora", "full"]
 SHAPES_BACKBONE = "shapes"
 _LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-_CACHED_PROMPTS = 4096
+_CACHED_BYTES = 512 * 2**20  # of encoded prompts
 _SCORE_BATCH = 256
 
 
@@ -56,6 +58,7 @@ class DRMConfig:
     Attributes:
         backbone: hub id or folder of the pipeline whose denoiser is the backbone; "shapes" is the embedded model.
         blocks: number of the denoiser's blocks kept, from the input.
+        taps: names of the blocks whose features the head reads; empty for the last one kept.
         adaptation: "frozen" (head only, modules shared with the pipeline), "lora" or "full" (all kept blocks tuned).
         lora_rank: rank (and alpha) of the LoRA.
         head_width: width of the reward head.
@@ -66,6 +69,7 @@ class DRMConfig:
     adaptation: Adaptation = "full"
     lora_rank: int = 16
     head_width: int = 64
+    taps: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.adaptation not in ("frozen", "lora", "full"):
@@ -86,15 +90,14 @@ class DiffusionRewardModel(
 
     def __init__(self, pipe: DiffusionPipeline, drm_config: DRMConfig) -> None:
         super().__init__()
-        if not isinstance(pipe, StableDiffusion3Pipeline):
-            raise ValueError(f"a reward model can be built on StableDiffusion3Pipeline; got {type(pipe).__name__}")
         self.drm_config = drm_config
         self._pipe = (pipe,)  # in a tuple, so that it is no submodule and no parameter of ours
-        self.trunk = SD3Trunk(pipe.transformer, drm_config.blocks, share=drm_config.adaptation == "frozen")
+        self.trunk = Trunk(pipe, drm_config.blocks, drm_config.taps, share=drm_config.adaptation == "frozen")
         if drm_config.adaptation == "lora":
             self._add_lora()
-        self.head = RewardHead(self.trunk.dim, drm_config.head_width).to(pipe.transformer.device)
-        self._texts: dict[str, tuple[Tensor, Tensor]] = {}
+        self.head = RewardHead(self.trunk.dim, drm_config.head_width).to(pipe.device)
+        self._texts: dict[str, Texts] = {}
+        self._text_bytes = 0
         self.eval()
 
     def _add_lora(self) -> None:
@@ -112,6 +115,7 @@ class DiffusionRewardModel(
         pipe: DiffusionPipeline,
         *,
         blocks: int | None = None,
+        taps: tuple[str, ...] = (),
         adaptation: Adaptation = "full",
         lora_rank: int = 16,
         head_width: int = 64,
@@ -121,17 +125,22 @@ class DiffusionRewardModel(
 
         Args:
             pipe: the pipeline; a frozen DRM shares its denoiser's modules, the others copy the kept blocks.
-            blocks: blocks kept from the input; default seven eighths of the depth, the paper's share (21 of 24).
+            blocks: blocks kept from the input; default up to the last tap, without taps seven eighths of the depth, the
+                paper's share (21 of 24).
+            taps: blocks whose features the head reads, in the order they run (UNets: "mid_block", "up_blocks.1");
+                default the last one kept.
             adaptation: what is trained and saved besides the head.
             lora_rank: rank of the LoRA, where there is one.
             head_width: width of the reward head.
             backbone: name written into the checkpoint; default the id the pipeline was loaded from.
         """
-        depth = len(pipe.transformer.transformer_blocks)
+        names = block_names(denoiser_of(pipe), backbone_of(pipe))
+        if blocks is None:
+            blocks = 1 + max(map(names.index, taps)) if taps and set(taps) <= set(names) else round(len(names) * 7 / 8)
         name = backbone or str(pipe.config.get("_name_or_path") or "")
         if name == model_path():
             name = SHAPES_BACKBONE
-        return cls(pipe, DRMConfig(name, blocks or round(depth * 7 / 8), adaptation, lora_rank, head_width))
+        return cls(pipe, DRMConfig(name, blocks, adaptation, lora_rank, head_width, tuple(taps)))
 
     # --- scoring ---
 
@@ -150,37 +159,64 @@ class DiffusionRewardModel(
         return self.trunk.depth_share
 
     @torch.no_grad()
-    def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Prompts [B] to text tokens [B, L, D] and pooled text [B, P]; each prompt is encoded once."""
+    def encode(self, prompts: list[str]) -> Texts:
+        """Text features of prompts [B] by name, as the denoiser takes them; each prompt is encoded once."""
         missing = [p for p in dict.fromkeys(prompts) if p not in self._texts]
-        if len(self._texts) + len(missing) > _CACHED_PROMPTS:
+        if missing and self._text_bytes > _CACHED_BYTES:
             self._texts.clear()
+            self._text_bytes = 0
             missing = list(dict.fromkeys(prompts))
         for start in range(0, len(missing), _SCORE_BATCH):
             chunk = missing[start : start + _SCORE_BATCH]
-            tokens, _, pooled, _ = self.pipe.encode_prompt(
-                prompt=chunk, prompt_2=None, prompt_3=None, do_classifier_free_guidance=False
-            )
-            self._texts |= {p: (tokens[i], pooled[i]) for i, p in enumerate(chunk)}
-        return (
-            torch.stack([self._texts[p][0] for p in prompts]),
-            torch.stack([self._texts[p][1] for p in prompts]),
-        )
+            encoded = self.trunk.backbone.encode(self.pipe, chunk)
+            for i, prompt in enumerate(chunk):
+                self._texts[prompt] = {name: values[i] for name, values in encoded.items()}
+                self._text_bytes += sum(t.nbytes for t in self._texts[prompt].values())
+        entries = [self._texts[p] for p in prompts]
+        batch: Texts = {name: [e[name] for e in entries] for name in entries[0]}
+        return {n: torch.stack(v) if len({t.shape for t in v}) == 1 else v for n, v in batch.items()}
 
-    def forward(self, latents: Tensor, timestep: Tensor, tokens: Tensor, pooled: Tensor) -> Tensor:
-        """Scores [B] for noisy latents [B, C, H, W], timesteps [B] (1000 * sigma) and encoded text."""
-        scores: Tensor = self.head(self.visual_tokens(latents, timestep, tokens, pooled), self.grid(latents))
+    def features(self, latents: Tensor, timestep: Tensor, prompts: list[str], grid: Grid) -> tuple[Tensor, Grid]:
+        """What the head reads: visual tokens [B, rows * columns, dim] and their rows and columns.
+
+        Args:
+            latents: [B, C, H, W] or packed [B, S, C], as the denoiser takes them.
+            timestep: [B], in [0, 1000].
+            prompts: B prompts.
+            grid: rows and columns of the denoiser's image tokens.
+        """
+        texts = self.encode(prompts)
+        arguments = self.trunk.backbone.call(self.pipe, latents.to(self.trunk_dtype), timestep, texts, grid)
+        tokens, grid = self.trunk(arguments, grid)
+        return tokens.float(), grid
+
+    def forward(self, latents: Tensor, timestep: Tensor, prompts: list[str], grid: Grid) -> Tensor:
+        """Scores [B]; arguments as in `features`."""
+        scores: Tensor = self.head(*self.features(latents, timestep, prompts, grid))
         return scores
 
-    def visual_tokens(self, latents: Tensor, timestep: Tensor, tokens: Tensor, pooled: Tensor) -> Tensor:
-        """What the head reads: the visual tokens [B, H * W / patch^2, dim] after the last kept block."""
-        visual: Tensor = self.trunk(latents, timestep, tokens, pooled)
-        return visual.float()
-
-    def grid(self, latents: Tensor) -> tuple[int, int]:
-        """Rows and columns of the visual tokens."""
-        patch = self.trunk.patch_size
+    def grid(self, latents: Tensor) -> Grid:
+        """Rows and columns of the denoiser's image tokens for latents; packed ones are taken for a square image."""
+        config = denoiser_of(self.pipe).config
+        if self.trunk.backbone.packed:
+            side = math.isqrt(latents.shape[1])
+            if side * side != latents.shape[1]:
+                raise ValueError(f"{latents.shape[1]} packed latents are no square image; pass grid=(rows, columns)")
+            return side, side
+        patch = config.get("patch_size") or (config.get("all_patch_size") or [1])[0]
         return latents.shape[-2] // patch, latents.shape[-1] // patch
+
+    def _check_latents(self, latents: Tensor, count: int) -> None:
+        config, packed = denoiser_of(self.pipe).config, self.trunk.backbone.packed
+        form, axis = ("[B, S, C]", 2) if packed else ("[B, C, H, W]", 1)
+        channels = config.in_channels
+        if latents.ndim != (3 if packed else 4) or latents.shape[axis] != channels:
+            raise ValueError(
+                f"this reward model judges latents {form} with {channels} channels; got {list(latents.shape)}, another "
+                "latent space: use a reward model trained on the generator's family"
+            )
+        if len(latents) != count:
+            raise ValueError(f"{count} prompts need {count} latents {form}; got {list(latents.shape)}")
 
     def score(
         self,
@@ -188,49 +224,43 @@ class DiffusionRewardModel(
         level_or_timestep: float | Tensor,
         prompts: list[str],
         schedule: NoiseSchedule | None = None,
+        grid: Grid | None = None,
     ) -> Tensor:
         """Scores [B] of noisy latents; differentiable with respect to them.
 
         Args:
-            latents: [B, C, H, W], in the denoiser's scale.
+            latents: [B, C, H, W], or packed [B, S, C] for families that pack them; with `schedule` as a sampler has
+                them, otherwise in the denoiser's scale.
             level_or_timestep: the model timestep in [0, 1000], one or [B]; with `schedule`, a level 0..N of it.
             prompts: B prompts.
             schedule: the levels that `level_or_timestep` counts in.
+            grid: rows and columns of packed latents of an image that is not square.
         """
-        if latents.ndim != 4:
-            raise ValueError(
-                f"this reward model judges latents [B, C, H, W]; got {list(latents.shape)}, another latent space; use a "
-                "reward model trained on the generator's family"
-            )
-        if len(latents) != len(prompts):
-            raise ValueError(
-                f"{len(prompts)} prompts need latents [{len(prompts)}, C, H, W]; got {list(latents.shape)}"
-            )
-        channels = self.pipe.transformer.config.in_channels
-        if latents.shape[1] != channels:
-            raise ValueError(
-                f"these latents have {latents.shape[1]} channels, this reward model's backbone has {channels}: it "
-                "judges another latent space; use a reward model trained on the generator's family"
-            )
+        self._check_latents(latents, len(prompts))
         if schedule is not None:
-            level_or_timestep = float(schedule.timesteps[int(level_or_timestep)])
+            level = int(level_or_timestep)
+            level_or_timestep = float(schedule.timesteps[level])
+            if not schedule.is_flow:  # exploding levels are shown to the denoiser at the size of preserving ones
+                latents = latents / math.hypot(*schedule.coefficients(level))
         weight = next(self.head.parameters())
         timestep = torch.as_tensor(level_or_timestep, dtype=torch.float32, device=weight.device).expand(len(latents))
         if not bool(((timestep >= 0) & (timestep <= 1000)).all()):
             raise ValueError(f"timesteps lie in [0, 1000]; got {level_or_timestep}")
-        tokens, pooled = self.encode(prompts)
-        inputs = (latents.to(weight.device, self.trunk_dtype), timestep, tokens, pooled)
-        chunks = zip(*(t.split(_SCORE_BATCH) for t in inputs), strict=True)
-        return torch.cat([self(*chunk) for chunk in chunks])
+        grid = grid or self.grid(latents)
+        latents = latents.to(weight.device)
+        pieces = [slice(start, start + _SCORE_BATCH) for start in range(0, len(latents), _SCORE_BATCH)]
+        return torch.cat([self(latents[p], timestep[p], prompts[p], grid) for p in pieces])
 
     @property
     def image_size(self) -> int:
         """Side of the square images, in pixels, that the backbone was made for."""
-        return int(self.pipe.default_sample_size * self.pipe.vae_scale_factor)
+        latent = getattr(self.pipe, "default_sample_size", None) or denoiser_of(self.pipe).config.sample_size
+        return int(latent * self.pipe.vae_scale_factor)
 
     @property
     def trunk_dtype(self) -> torch.dtype:
-        return next(self.trunk.parameters()).dtype
+        dtype: torch.dtype = next(self.trunk.module.parameters()).dtype
+        return dtype
 
     def score_images(self, images: Tensor, prompts: list[str], timestep: float = 0.0) -> Tensor:
         """Scores [B] of images [B, 3, H, W] in [0, 1], encoded and judged as clean latents."""

@@ -1,51 +1,127 @@
-"""The lower part of a denoiser, up to the block the reward head reads."""
+"""The lower part of a denoiser, up to the last block that the reward head reads."""
 
 import copy
+from typing import Any
 
-from diffusers import SD3Transformer2DModel
+import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rsm_guidance.values.drm.backbones import Backbone, Grid, backbone_of, denoiser_of
+
+_AFTER = ("norm_out", "proj_out", "conv_norm_out", "conv_out", "all_final_layer")  # what only the denoiser's output needs
 
 
-class SD3Trunk(nn.Module):
-    """The first `blocks` joint blocks of an SD3 transformer: noisy latents to visual tokens.
+class _ReachedLastTap(Exception):
+    """Ends a denoiser's forward pass."""
+
+
+class Trunk(nn.Module):
+    """A denoiser that stops at its last tapped block: noisy latents to visual features.
 
     Args:
-        transformer: the denoiser to cut.
+        pipe: the pipeline whose denoiser to cut.
         blocks: how many of its blocks to keep, from the input.
-        share: use the denoiser's own modules (for a frozen backbone) instead of a copy.
+        taps: names of the blocks to read ("mid_block", "up_blocks.1", "transformer_blocks.5"); default the last kept.
+        share: use the denoiser itself (for a frozen backbone) instead of a copy of what is kept of it.
+
+    Attributes:
+        dim: channels of the features, of all taps together.
+        depth_share: cost of a pass, as a share of one denoiser evaluation.
     """
 
-    def __init__(self, transformer: SD3Transformer2DModel, blocks: int, share: bool) -> None:
+    def __init__(self, pipe: DiffusionPipeline, blocks: int, taps: tuple[str, ...], share: bool) -> None:
         super().__init__()
-        total = len(transformer.transformer_blocks)
-        # The last block of SD3 drops its text stream, which costs nothing here, so it may be kept too.
-        if not 1 <= blocks <= total:
-            raise ValueError(f"blocks must be between 1 and {total}, the denoiser's depth; got {blocks}")
+        self.backbone: Backbone = backbone_of(pipe)
+        denoiser = denoiser_of(pipe)
+        names = block_names(denoiser, self.backbone)
+        if not 1 <= blocks <= len(names):
+            raise ValueError(f"blocks must be between 1 and {len(names)}, the denoiser's depth; got {blocks}")
+        kept, dropped = names[:blocks], names[blocks:]
+        unknown = [t for t in taps if t not in kept]
+        if unknown:
+            raise ValueError(f"cannot read {unknown[0]!r}; the kept blocks are {', '.join(kept)}")
+        if any(t.startswith("down_blocks") for t in taps):
+            raise ValueError("of a UNet the middle and upper blocks can be read; name mid_block or up_blocks.N")
+        self.taps = taps or (kept[-1],)
+        self.depth_share = _cost(denoiser, kept) / _cost(denoiser, names)
+        self.dim = sum(_width(denoiser, tap) for tap in self.taps)
+        if share:
+            self._shared = (denoiser,)  # in a tuple, so that its parameters are not ours
+        else:
+            left = [denoiser.get_submodule(n) for n in dropped] + [getattr(denoiser, n, None) for n in _AFTER]
+            memo = {id(m): nn.Identity() for m in left if isinstance(m, nn.Module)}
+            self.denoiser = copy.deepcopy(denoiser, memo).requires_grad_(True)
 
-        def own(module: nn.Module) -> nn.Module:
-            return module if share else copy.deepcopy(module).requires_grad_(True)
+    @property
+    def module(self) -> nn.Module:
+        """The denoiser that is run."""
+        return self.denoiser if hasattr(self, "denoiser") else self._shared[0]
 
-        self.patch_size: int = transformer.config.patch_size
-        self.dim: int = transformer.inner_dim
-        self.depth_share = blocks / total
-        self.pos_embed = own(transformer.pos_embed)
-        self.time_text_embed = own(transformer.time_text_embed)
-        self.context_embedder = own(transformer.context_embedder)
-        self.blocks = nn.ModuleList([own(block) for block in transformer.transformer_blocks[:blocks]])
-
-    def forward(self, latents: Tensor, timestep: Tensor, tokens: Tensor, pooled: Tensor) -> Tensor:
-        """Visual tokens [B, H * W / patch^2, dim].
+    def forward(self, arguments: dict[str, Any], grid: Grid) -> tuple[Tensor, Grid]:
+        """Features of a batch.
 
         Args:
-            latents: noisy latents [B, C, H, W].
-            timestep: model timesteps [B], 1000 * sigma.
-            tokens: text tokens [B, L, joint_attention_dim].
-            pooled: pooled text [B, pooled_projection_dim].
+            arguments: what the denoiser is called with (`Backbone.call`).
+            grid: rows and columns of the image tokens.
+
+        Returns:
+            Visual tokens [B, rows * columns, dim], and their rows and columns.
         """
-        hidden = self.pos_embed(latents)
-        temb = self.time_text_embed(timestep, pooled)
-        text = self.context_embedder(tokens)
-        for block in self.blocks:
-            text, hidden = block(hidden_states=hidden, encoder_hidden_states=text, temb=temb)
-        visual: Tensor = hidden
-        return visual
+        seen: dict[str, Tensor] = {}
+
+        def read(name: str) -> Any:
+            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+                seen[name] = _plane(output, grid)
+                if len(seen) == len(self.taps):
+                    raise _ReachedLastTap
+
+            return hook
+
+        handles = [self.module.get_submodule(tap).register_forward_hook(read(tap)) for tap in self.taps]
+        try:
+            self.module(**arguments, return_dict=False)
+        except _ReachedLastTap:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        size = seen[self.taps[0]].shape[-2:]
+        planes = [p if p.shape[-2:] == size else F.adaptive_avg_pool2d(p, size) for p in seen.values()]
+        features = planes[0] if len(planes) == 1 else torch.cat(planes, 1)
+        return features.flatten(2).transpose(1, 2), (int(size[0]), int(size[1]))
+
+
+def block_names(denoiser: nn.Module, backbone: Backbone) -> list[str]:
+    """Names of a denoiser's blocks, in the order they run."""
+    names = []
+    for name in backbone.blocks:
+        module = denoiser.get_submodule(name)
+        names += [f"{name}.{i}" for i in range(len(module))] if isinstance(module, nn.ModuleList) else [name]
+    return names
+
+
+def _plane(output: Any, grid: Grid) -> Tensor:
+    """A block's output as features [B, C, rows, columns]; the image stream of joint blocks, the image's tokens first."""
+    tokens: Tensor = output[-1] if isinstance(output, tuple) else output
+    if tokens.ndim == 4:
+        return tokens
+    return tokens[:, : grid[0] * grid[1]].transpose(1, 2).unflatten(2, grid)
+
+
+def _width(denoiser: nn.Module, tap: str) -> int:
+    config: Any = denoiser.config
+    if "block_out_channels" in config:
+        sizes = list(config.block_out_channels)
+        return int(sizes[-1] if tap == "mid_block" else sizes[::-1][int(tap.rpartition(".")[2])])
+    if "dim" in config:
+        return int(config.dim)
+    return int(config.num_attention_heads * config.attention_head_dim)
+
+
+def _cost(denoiser: nn.Module, names: list[str]) -> float:
+    """Blocks that are all alike count one each; those of a UNet by their parameters."""
+    if "block_out_channels" in denoiser.config:
+        return float(sum(p.numel() for n in names for p in denoiser.get_submodule(n).parameters()))
+    return float(len(names))

@@ -28,7 +28,7 @@ class JudgesBenchmark:
     """
 
     out: Path = Path("judges")
-    train: RewardTrainConfig = field(default_factory=lambda: RewardTrainConfig(steps=300, evaluate_every=100))
+    train: RewardTrainConfig = field(default_factory=lambda: RewardTrainConfig(steps=500, evaluate_every=125))
 
 
 def run_judges_benchmark(config: JudgesBenchmark) -> dict[str, Any]:

@@ -56,15 +56,15 @@ class RewardTrainConfig:
 
     out: Path = Path("drm")
     pipeline: str = "shapes"
-    prompts: int = 5040
-    validation_prompts: int = 288
+    prompts: int = 7200
+    validation_prompts: int = 480
     groups: GroupConfig = field(default_factory=GroupConfig)
     data: Path | None = None
     blocks: int = 4
     adaptation: Adaptation = "full"
     lora_rank: int = 16
     head_width: int = 64
-    steps: int = 1500
+    steps: int = 2000
     batch_groups: int = 12
     lr: float = 1.5e-3
     weight_decay: float = 0.05
@@ -107,7 +107,7 @@ def batch_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """Loss of one batch: re-noised finals, siblings at their own level, and rendered pairs, in one forward pass."""
     g, k = len(rows), groups.finals.shape[1]
-    level = torch.rand(g, generator=generator) * 0.98 + 0.01
+    level = torch.rand(g, generator=generator) ** 0.75 * 0.98 + 0.01  # noisier than even, as sampling schedules are
     render_level = torch.rand(g, generator=generator) * 0.85
     latents = torch.cat(
         [

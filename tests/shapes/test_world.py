@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
 from rsm_guidance.shapes import CATEGORIES, caption_set, parse_caption, random_caption, render_spec, verify
-from rsm_guidance.shapes.model import build_tokenizer
+from rsm_guidance.shapes.model import _merges, build_tokenizer
 from rsm_guidance.shapes.render import Placed, render
 from rsm_guidance.shapes.scenes import COLORS, SHAPES, Group, SceneSpec, is_held_out, vocabulary, wordings
 from rsm_guidance.shapes.verify import see
@@ -119,6 +119,7 @@ def test_captions_outside_the_grammar_are_refused(text: str) -> None:
 
 
 def test_the_tokenizer_knows_every_word_and_survives_others() -> None:
+    assert _merges(["ab", "cab", "dc"]) == [("a", "b</w>"), ("d", "c</w>"), ("c", "ab</w>")], "ties break in one way"
     tokenizer = build_tokenizer()
     assert all(len(tokenizer.tokenize(word)) == 1 for word in vocabulary())
     assert len(tokenizer.tokenize("zebra")) > 1

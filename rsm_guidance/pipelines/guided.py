@@ -162,7 +162,7 @@ def _call(
     ledger = Ledger(caps, images=len(prompts))
     with torch.no_grad(), closing(PipelineDenoiser(pipe, call, ledger)) as denoiser:
         problem = Problem(denoiser, streams, ledger)
-        _set_judges(problem, judge, scorer)
+        _set_judges(problem, judge, scorer, denoiser.token_grid)
         output = _sample(pipe, sampler, problem, on_step)
         images = denoiser.finish(output.latents)
     ledger.finish()
@@ -197,7 +197,7 @@ def _sample(
             ) from interrupt
 
 
-def _set_judges(problem: Problem, judge: Judge | None, value: Judge | None) -> None:
+def _set_judges(problem: Problem, judge: Judge | None, value: Judge | None, grid: tuple[int, int] | None) -> None:
     """Who judges what: the reward judges finished images, and noisy latents too unless a value model does."""
     denoiser, ledger = problem.denoiser, problem.ledger
     if isinstance(judge, DiffusionRewardModel):
@@ -206,7 +206,7 @@ def _set_judges(problem: Problem, judge: Judge | None, value: Judge | None) -> N
         problem.reward = judge
     scorer = judge if value is None else value
     if isinstance(scorer, DiffusionRewardModel):
-        problem.value = DRMValue(scorer, denoiser, ledger, denoiser.token_grid)
+        problem.value = DRMValue(scorer, denoiser, ledger, grid)
     elif scorer is not None:
         problem.value = TweedieValue(denoiser, scorer, ledger)
         problem.reward = problem.reward or scorer

@@ -79,7 +79,7 @@ def test_scores_are_differentiable(drm: rg.DiffusionRewardModel) -> None:
 def test_bad_input_is_refused(stock: StableDiffusion3Pipeline, drm: rg.DiffusionRewardModel, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="another latent space"):
         drm.score(torch.zeros(1, 16, 16, 16), 0.0, ["a star"])
-    with pytest.raises(ValueError, match="3 prompts need latents"):
+    with pytest.raises(ValueError, match="3 prompts need 3 latents"):
         drm.score(latents(2), 0.0, PROMPTS)
     with pytest.raises(ValueError, match=r"\[0, 1000\]"):
         drm.score(latents(), 1001.0, PROMPTS)

@@ -157,8 +157,8 @@ _TABLE: dict[str, Backbone] = {
 _SDXL = Backbone(_UNET, _sdxl_text, _sdxl)
 
 
-def denoiser_of(pipe: DiffusionPipeline) -> nn.Module:
-    """The pipeline's denoiser, below `torch.compile` if it was compiled."""
+def denoiser_of(pipe: DiffusionPipeline) -> Any:
+    """The pipeline's denoiser (a diffusers model), below `torch.compile` if it was compiled."""
     module = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
     return getattr(module, "_orig_mod", module)
 

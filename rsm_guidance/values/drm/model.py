@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from rsm_guidance.core.schedule import NoiseSchedule
 from rsm_guidance.engine import encode_images
 from rsm_guidance.shapes.model import model_path
-from rsm_guidance.values.drm.head import RewardHead
 from rsm_guidance.values.drm.backbones import Grid, Texts, backbone_of, denoiser_of
+from rsm_guidance.values.drm.head import RewardHead
 from rsm_guidance.values.drm.trunk import Trunk, block_names
 
 Adaptation = Literal["frozen", "lora", "full"]
@@ -345,5 +345,5 @@ class DiffusionRewardModel(
 
 def load_backbone(name: str) -> DiffusionPipeline:
     """The pipeline a checkpoint names as its backbone."""
-    pipe = StableDiffusion3Pipeline.from_pretrained(model_path() if name == SHAPES_BACKBONE else name)
+    pipe = DiffusionPipeline.from_pretrained(model_path() if name == SHAPES_BACKBONE else name)
     return pipe.to("cuda" if torch.cuda.is_available() else "cpu")

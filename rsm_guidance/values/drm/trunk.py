@@ -10,7 +10,13 @@ from torch.nn import functional as F
 
 from rsm_guidance.values.drm.backbones import Backbone, Grid, backbone_of, denoiser_of
 
-_AFTER = ("norm_out", "proj_out", "conv_norm_out", "conv_out", "all_final_layer")  # what only the denoiser's output needs
+_AFTER = (
+    "norm_out",
+    "proj_out",
+    "conv_norm_out",
+    "conv_out",
+    "all_final_layer",
+)  # what only the denoiser's output needs
 
 
 class _ReachedLastTap(Exception):
@@ -42,9 +48,11 @@ class Trunk(nn.Module):
         unknown = [t for t in taps if t not in kept]
         if unknown:
             raise ValueError(f"cannot read {unknown[0]!r}; the kept blocks are {', '.join(kept)}")
-        if any(t.startswith("down_blocks") for t in taps):
-            raise ValueError("of a UNet the middle and upper blocks can be read; name mid_block or up_blocks.N")
         self.taps = taps or (kept[-1],)
+        if any(t.startswith("down_blocks") for t in self.taps):
+            raise ValueError(
+                "of a UNet only the middle and upper blocks can be read: keep more blocks, or name other taps"
+            )
         self.depth_share = _cost(denoiser, kept) / _cost(denoiser, names)
         self.dim = sum(_width(denoiser, tap) for tap in self.taps)
         if share:
@@ -55,7 +63,7 @@ class Trunk(nn.Module):
             self.denoiser = copy.deepcopy(denoiser, memo).requires_grad_(True)
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> Any:
         """The denoiser that is run."""
         return self.denoiser if hasattr(self, "denoiser") else self._shared[0]
 
@@ -87,10 +95,12 @@ class Trunk(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
-        size = seen[self.taps[0]].shape[-2:]
-        planes = [p if p.shape[-2:] == size else F.adaptive_avg_pool2d(p, size) for p in seen.values()]
+        rows, columns = seen[self.taps[0]].shape[-2:]
+        planes = [
+            p if p.shape[-2:] == (rows, columns) else F.adaptive_avg_pool2d(p, (rows, columns)) for p in seen.values()
+        ]
         features = planes[0] if len(planes) == 1 else torch.cat(planes, 1)
-        return features.flatten(2).transpose(1, 2), (int(size[0]), int(size[1]))
+        return features.flatten(2).transpose(1, 2), (rows, columns)
 
 
 def block_names(denoiser: nn.Module, backbone: Backbone) -> list[str]:
@@ -110,8 +120,8 @@ def _plane(output: Any, grid: Grid) -> Tensor:
     return tokens[:, : grid[0] * grid[1]].transpose(1, 2).unflatten(2, grid)
 
 
-def _width(denoiser: nn.Module, tap: str) -> int:
-    config: Any = denoiser.config
+def _width(denoiser: Any, tap: str) -> int:
+    config = denoiser.config
     if "block_out_channels" in config:
         sizes = list(config.block_out_channels)
         return int(sizes[-1] if tap == "mid_block" else sizes[::-1][int(tap.rpartition(".")[2])])
@@ -120,7 +130,7 @@ def _width(denoiser: nn.Module, tap: str) -> int:
     return int(config.num_attention_heads * config.attention_head_dim)
 
 
-def _cost(denoiser: nn.Module, names: list[str]) -> float:
+def _cost(denoiser: Any, names: list[str]) -> float:
     """Blocks that are all alike count one each; those of a UNet by their parameters."""
     if "block_out_channels" in denoiser.config:
         return float(sum(p.numel() for n in names for p in denoiser.get_submodule(n).parameters()))

@@ -6,10 +6,11 @@ from typing import Any
 from rsm_guidance.core.transitions import Transition
 from rsm_guidance.samplers.base import Interrupted, Problem, Progress, Sampler, SamplerOutput
 from rsm_guidance.samplers.best_of_n import BestOfN
+from rsm_guidance.samplers.fk_steering import FKSteering
 from rsm_guidance.samplers.rollout import Unguided
 from rsm_guidance.samplers.stepwise import StepwiseSampling
 
-SAMPLERS: dict[str, type[Sampler]] = {cls.name: cls for cls in (Unguided, BestOfN, StepwiseSampling)}
+SAMPLERS: dict[str, type[Sampler]] = {cls.name: cls for cls in (Unguided, BestOfN, StepwiseSampling, FKSteering)}
 
 
 def make_sampler(name: str, **options: Any) -> Sampler:
@@ -32,6 +33,7 @@ def make_sampler(name: str, **options: Any) -> Sampler:
 __all__ = [
     "SAMPLERS",
     "BestOfN",
+    "FKSteering",
     "Interrupted",
     "Problem",
     "Progress",

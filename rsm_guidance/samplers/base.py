@@ -1,5 +1,6 @@
 """What every sampler is given and gives back."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -113,6 +114,24 @@ class Problem:
                 f"a budget of {cap:g} denoiser evaluations cannot finish one image: {steps} steps at {cost:g} "
                 f"and the final score take {needed:g}; raise the budget or take fewer steps"
             )
+
+    def affordable(self, count: int, scores: int) -> int:
+        """How many whole trajectories, of at most `count`, the budget reaches for, each with `scores` value calls."""
+        denoiser, value, budget = self.denoiser, self.value, self.ledger.budget
+        calls = self.final_calls + (0 if value is None else scores * value.reward_calls_per_row)
+        judged = 0.0 if value is None else scores * value.evaluations_per_row
+        each = denoiser.steps * denoiser.evaluations_per_row + self.final_cost + judged
+        affordable = count
+        for cap, cost, fixed in (
+            (budget.evaluations, each, 0),
+            (budget.reward_calls, calls, 0),
+            (budget.decodes, calls, 1),
+        ):
+            if cap is not None and cost:
+                affordable = min(affordable, math.floor((cap - fixed) / cost + 1e-9))
+        if affordable < count:
+            self.ledger.stop("budget")
+        return max(1, affordable)
 
     def step(self, gaussian: Gaussian, level: int, candidates: list[int], child: int = 0) -> Tensor:
         """Sample a transition for rows candidate by candidate: the mean is [len(candidates) * B, ...], candidate-major.

@@ -3,7 +3,6 @@
 The baseline every other method must beat at equal cost.  Greedy: it maximises, and overshoots the tilted posterior.
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -70,17 +69,6 @@ class BestOfN:
 
         Candidate 0 runs alone: it is then the unguided sample to the last bit, which a larger batch would round otherwise.
         """
-        count = self.candidates
-        denoiser, budget = problem.denoiser, problem.ledger.budget
-        each = denoiser.steps * denoiser.evaluations_per_row + problem.final_cost
-        calls = problem.final_calls
-        for cap, cost, fixed in (
-            (budget.evaluations, each, 0),
-            (budget.reward_calls, calls, 0),
-            (budget.decodes, calls, 1),
-        ):
-            if cap is not None and cost and (cap - fixed) / cost + 1e-9 < count:
-                count = math.floor((cap - fixed) / cost + 1e-9)
-                problem.ledger.stop("budget")
+        count = problem.affordable(self.candidates, 0)
         size = max(1, self.batch_rows // problem.count)
         return [[0], *(list(range(start, min(start + size, count))) for start in range(1, count, size))]

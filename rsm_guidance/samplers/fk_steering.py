@@ -1,0 +1,189 @@
+"""Feynman-Kac steering: particles weighted by what becomes of them (arXiv 2501.06848).
+
+K particles follow the base model's transition p(x' | x).  At some levels each gets the log-potential log G_t, made of
+its values V_t = V(x_t), and prompts whose effective sample size has fallen are resampled.  With phi_t = gamma_t V_t / lambda:
+
+- `difference`: log G_t = phi_t - phi_{t-1};
+- `max`: log G_t = max over s <= t of phi_s;    `sum`: log G_t = sum over s <= t of phi_s.
+
+The last potential is r(x0) / lambda minus all earlier ones, so that the product is exp(r(x0) / lambda) for every choice, and the
+weighted particles target p(x0) exp(r(x0) / lambda) / Z exactly as K grows, whatever the values are; good values only lower
+the variance.  gamma_t in [0, 1] tempers the early, unreliable values; `adaptive` raises it per prompt as far as the
+effective sample size allows (bisection), which biases Z by its dependence on the particles, at order 1/K.
+
+Unlike the published code, weights are carried when no resampling is due, are never clamped, and count at the last step.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from rsm_guidance.core.resampling import SCHEMES, Scheme
+from rsm_guidance.core.transitions import Transition
+from rsm_guidance.core.weights import effective_sample_size
+from rsm_guidance.samplers.base import (
+    Interrupted,
+    Problem,
+    SamplerOutput,
+    check_deadline,
+    finished,
+    interruptible,
+    new_trace,
+)
+from rsm_guidance.samplers.particles import Particles
+
+_BISECTIONS = 40
+
+
+@dataclass(frozen=True)
+class FKSteering:
+    """Feynman-Kac steering.
+
+    Attributes:
+        particles: K >= 1 per prompt; particle 0 starts where the unguided run starts.
+        temperature: lambda > 0 of the target p(x0) exp(r(x0) / lambda).
+        potential: how values become weights.
+        tempering: "none" (gamma = 1), "polynomial" (gamma = progress ^ `power`) or "adaptive".
+        power: exponent of polynomial tempering, > 0.
+        threshold: resample below this share of K of effective particles, in (0, 1]; 1 resamples whenever weights differ.
+        resampling: scheme.
+        interval: weigh every so many levels.
+        window: noise levels (low, high) as fractions of the noisiest sigma in which particles are weighed.
+        transition: how to step; a stochastic one, or duplicates stay duplicates.
+        returned: "best" returns the particle of highest reward, "sample" draws one by weight, a sample of the target.
+    """
+
+    name: ClassVar[str] = "fk-steering"
+    particles: int = 4
+    temperature: float = 1.0
+    potential: Literal["difference", "max", "sum"] = "difference"
+    tempering: Literal["none", "polynomial", "adaptive"] = "none"
+    power: float = 1.0
+    threshold: float = 0.5
+    resampling: Scheme = "systematic"
+    interval: int = 1
+    window: tuple[float, float] = (0.0, 1.0)
+    transition: Transition = Transition("cps", 0.9)
+    returned: Literal["best", "sample"] = "best"
+
+    def __post_init__(self) -> None:
+        for name in ("particles", "interval"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        for name in ("temperature", "power"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be positive and finite; got {getattr(self, name)}")
+        if not 0 < self.threshold <= 1:
+            raise ValueError(f"threshold is a share of the particles, in (0, 1]; got {self.threshold}")
+        if not 0 <= self.window[0] < self.window[1] <= 1:
+            raise ValueError(f"window must be (low, high) with 0 <= low < high <= 1; got {self.window}")
+        for name, known in (
+            ("potential", ("difference", "max", "sum")),
+            ("tempering", ("none", "polynomial", "adaptive")),
+            ("resampling", tuple(SCHEMES)),
+            ("returned", ("best", "sample")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
+        if self.transition.kind in ("ode", "scheduler") and self.particles > 1:
+            raise ValueError("particles need a stochastic transition (ddim, cps, flow_sde): copies would stay copies")
+
+    def sample(self, problem: Problem) -> SamplerOutput:
+        """Cost per image: K times an unguided sample, and K value evaluations at each weighed level.
+
+        A budget lowers K.  At the deadline or on Ctrl-C the estimate of the heaviest particle is returned.
+        """
+        if self.particles > 1:
+            problem.require_judge(self.name)
+        problem.require_budget()
+        schedule = problem.denoiser.schedule
+        levels = [i for i in range(1, schedule.steps) if self._weighs(problem, i)]
+        trace = new_trace(self, problem)
+        k = problem.affordable(self.particles, len(levels))
+        starts = [problem.initial(c) for c in range(k)]
+        group = Particles(problem, k, starts[0] if k == 1 else torch.cat(starts))
+        slots = list(range(k))
+        zero = torch.zeros(problem.count, k, dtype=torch.float64)
+        group.carried = {"potentials": zero, "running": zero - torch.inf if self.potential == "max" else zero}
+        gamma = torch.zeros(problem.count, dtype=torch.float64)
+        estimate: Tensor | None = None
+        try:
+            with interruptible(problem):
+                for level in range(schedule.steps):
+                    check_deadline(problem)
+                    prediction = problem.denoiser.predict(group.latents, level, group.rows)
+                    estimate = prediction.x0
+                    group.latents = problem.step(
+                        self.transition(prediction, schedule, level, level + 1), level, slots
+                    )
+                    scores = None
+                    if level + 1 in levels and k > 1:
+                        scores = group.table(problem.values(group.latents, level + 1, group.rows))
+                        gamma = self._temper(group, scores, gamma, (level + 1) / schedule.steps)
+                        self._weigh(group, gamma[:, None] * scores / self.temperature)
+                        group.resample(level + 1, self.resampling, self.threshold, trace)
+                        trace["levels"][-1]["scores"] = scores.tolist()
+                    problem.report(level, estimate, scores)
+                rewards = problem.final_rewards(group.latents, group.rows)
+        except Interrupted:
+            if estimate is None:
+                raise
+            heaviest = group.log_weights.argmax(1)
+            group.latents = estimate
+            return finished(problem, group.pick(heaviest[:, None]), trace)
+        if rewards is None:
+            return finished(problem, group.latents, trace)
+        return self._finish(problem, group, group.table(rewards), trace)
+
+    def _weighs(self, problem: Problem, level: int) -> bool:
+        schedule = problem.denoiser.schedule
+        low, high = self.window
+        inside = low <= float(schedule.sigma[level] / schedule.sigma[0]) <= high
+        return inside and (schedule.steps - level) % self.interval == 0
+
+    def _temper(self, group: Particles, scores: Tensor, gamma: Tensor, progress: float) -> Tensor:
+        """gamma [B] of this level."""
+        if self.tempering == "none":
+            return torch.ones_like(gamma)
+        if self.tempering == "polynomial":
+            return torch.full_like(gamma, progress**self.power)
+        low, high = gamma.clone(), torch.ones_like(gamma)
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            trial = group.log_weights + self._increment(group, middle[:, None] * scores / self.temperature)
+            enough = effective_sample_size(trial) >= self.threshold * group.count
+            low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+        trial = group.log_weights + self._increment(group, scores / self.temperature)
+        return torch.where(effective_sample_size(trial) >= self.threshold * group.count, 1.0, low)
+
+    def _increment(self, group: Particles, phi: Tensor) -> Tensor:
+        """log G_t [B, K] of the values phi."""
+        if self.potential == "difference":
+            return phi - group.carried["potentials"]
+        if self.potential == "max":
+            return torch.maximum(group.carried["running"], phi)
+        return group.carried["running"] + phi
+
+    def _weigh(self, group: Particles, phi: Tensor) -> None:
+        increment = self._increment(group, phi)
+        group.reweight(increment)
+        if self.potential != "difference":
+            group.carried["running"] = increment
+        group.carried["potentials"] = group.carried["potentials"] + increment
+
+    def _finish(self, problem: Problem, group: Particles, rewards: Tensor, trace: dict[str, Any]) -> SamplerOutput:
+        group.reweight(rewards / self.temperature - group.carried["potentials"])
+        weights = group.close()
+        chosen = rewards.argmax(1) if self.returned == "best" else group.draw(weights)
+        trace["candidates"] = {
+            "rewards": rewards.tolist(),
+            "log_weights": weights.tolist(),
+            "chosen": chosen.tolist(),
+        }
+        picked = (torch.arange(problem.count), chosen)
+        output = finished(problem, group.pick(chosen[:, None]), trace, rewards[picked])
+        output.log_normalizer = group.log_normalizer
+        output.log_weights = weights[picked]
+        return output

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import transformers as tf
 from diffusers import DiffusionPipeline
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as qwen_edit
 from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
@@ -419,6 +420,23 @@ def _qwenimage() -> df.QwenImagePipeline:
     return pipe
 
 
+class _TextProcessor:
+    """Stands in for the vision processor, which needs torchvision: the prompt alone."""
+
+    def __init__(self, tokenizer: tf.Qwen2Tokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, text: list[str], images: Any, padding: bool, return_tensors: str) -> Any:
+        return self.tokenizer(text, padding=padding, return_tensors=return_tensors)
+
+
+def _qwenimage_edit() -> df.QwenImageEditPipeline:
+    """Qwen-Image-Edit, whose pictures are resized to 32x32 and not to a megapixel."""
+    parts = _qwenimage().components
+    qwen_edit.calculate_dimensions = lambda area, ratio: (32, 32, None)
+    return df.QwenImageEditPipeline(**parts, processor=_TextProcessor(parts["tokenizer"]))
+
+
 def _zimage() -> df.ZImagePipeline:
     """Z-Image."""
     transformer = df.ZImageTransformer2DModel(
@@ -631,6 +649,9 @@ ZOO: dict[str, Specimen] = {
         _specimen("pixart_sigma", lambda: df.PixArtSigmaPipeline(**_pixart(_ddim())), guidance_scale=4.5, **_PLAIN),
         _specimen("sana", _sana, guidance_scale=4.5, complex_human_instruction=None, **_PLAIN),
         _specimen("qwenimage", _qwenimage, negative_prompt=" ", true_cfg_scale=4.0, **_TEXT),
+        _specimen(
+            "qwenimage_edit", _qwenimage_edit, image=_picture(), negative_prompt=" ", true_cfg_scale=4.0, **_TEXT
+        ),
         _specimen("zimage", _zimage, guidance_scale=3.0, **_TEXT),
         _specimen("lumina2", _lumina2, guidance_scale=4.0, system_prompt="", **_TEXT | {"height": 64, "width": 64}),
         _specimen("hidream", _hidream, guidance_scale=3.0, **_TEXT),

@@ -43,10 +43,6 @@ class EngineBenchmark:
     repeats: int = 15
     dtype: str = "float32"
 
-    def __post_init__(self) -> None:
-        if self.steps <= _FEW or self.repeats < 1 or not self.models:
-            raise ValueError(f"needs a model, more than {_FEW} steps and a repeat; got {self}")
-
 
 def _seconds(pipe: DiffusionPipeline, sampler: Sampler | None, steps: int) -> float:
     call: dict[str, Any] = {"prompt": "a red circle", "num_inference_steps": steps, "output_type": "latent", "seed": 0}
@@ -56,7 +52,16 @@ def _seconds(pipe: DiffusionPipeline, sampler: Sampler | None, steps: int) -> fl
 
 
 def run_engine_benchmark(config: EngineBenchmark) -> dict[str, Any]:
-    """Measure, write and return seconds per step and their ratio to stock, by model and path."""
+    """Measure, write and return seconds per step and their ratio to stock, by model and path.
+
+    Raises:
+        ValueError: if there is nothing to measure.
+    """
+    if config.steps <= _FEW or config.repeats < 1 or not config.models:
+        raise ValueError(
+            f"the engine benchmark needs a model, more than {_FEW} steps and a repeat; got {len(config.models)} models, "
+            f"{config.steps} steps, {config.repeats} repeats"
+        )
     result: dict[str, Any] = {"steps": config.steps, "repeats": config.repeats, "models": {}}
     for model in config.models:
         pipe = load_pipeline(model, config.dtype)

@@ -235,3 +235,13 @@ def test_help_of_the_installed_program() -> None:
         assert "usage" in done.stdout.lower()
         name = " ".join(arguments)
         assert not arguments or re.search(rf'rsm-guidance {name} ("|out|--pipeline|--config|--out)', done.stdout), name
+
+
+def test_benchmark_engine_writes_ratios(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "engine.json"
+    main(["benchmark", "engine", "--steps", "4", "--repeats", "1", "--out", str(out)])
+    [paths] = json.loads(out.read_text())["models"].values()
+    assert paths["stock"]["ratio"] == 1 and len(paths) == 4
+    assert all(p["seconds_per_step"] > 0 for p in paths.values())
+    assert "| stepwise, K=1 |" in capsys.readouterr().out
+    assert "more than 2 steps" in fails(capsys, ["benchmark", "engine", "--steps", "2", "--out", str(out)])

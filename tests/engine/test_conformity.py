@@ -152,7 +152,7 @@ def redness(images: Tensor, prompts: list[str]) -> Tensor:
 
 
 def guided_of(pipe: DiffusionPipeline) -> DiffusionPipeline:
-    guided = rg.reward_guided(type(pipe)).from_pipe(pipe)
+    guided = rg.reward_guided(type(pipe))(**pipe.components)
     guided.set_progress_bar_config(disable=True)
     return guided
 

@@ -45,7 +45,7 @@ def test_every_documented_family_can_be_driven_and_is_proven() -> None:
     proven = {type(s.build()).__name__ for s in ZOO.values()}
     for family in FAMILIES.values():
         assert why_not(family.cls) is None, family
-    assert {f.pipeline for f in FAMILIES.values()} - proven <= {"QwenImageEditPipeline"}
+    assert {f.pipeline for f in FAMILIES.values()} <= proven
 
 
 def test_every_exported_class_with_one_scheduler_step_can_be_made() -> None:
@@ -72,10 +72,11 @@ def test_all_shims_load_one_after_the_other_in_one_process(tmp_path: Path) -> No
     folders = {}
     for name, family in FAMILIES.items():
         specimen = next((s for s in ZOO.values() if type(s.build()) is family.cls), None)
-        if specimen is not None:
+        if name != "qwen_image_edit":  # its stand-in for the vision processor cannot be saved
+            assert specimen is not None
             specimen.build().save_pretrained(tmp_path / name)
             folders[name] = str(tmp_path / name)
-    assert len(folders) >= 22
+    assert len(folders) == len(FAMILIES) - 1
     env = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", LOAD, json.dumps(folders)], env=env, capture_output=True, text=True, check=False

@@ -15,6 +15,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tuned, 3 blocks": {"adaptation": "full", "blocks": 3},
     "tuned, 4 blocks": {"adaptation": "full", "blocks": 4},
     "tuned, 5 blocks": {"adaptation": "full", "blocks": 5},
+    "tuned, 4 blocks, without object prediction": {"adaptation": "full", "blocks": 4, "object_weight": 0.0},
 }
 
 
@@ -28,7 +29,7 @@ class JudgesBenchmark:
     """
 
     out: Path = Path("judges")
-    train: RewardTrainConfig = field(default_factory=lambda: RewardTrainConfig(steps=500, evaluate_every=125))
+    train: RewardTrainConfig = field(default_factory=lambda: RewardTrainConfig(steps=400, evaluate_every=100))
 
 
 def run_judges_benchmark(config: JudgesBenchmark) -> dict[str, Any]:

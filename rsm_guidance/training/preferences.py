@@ -136,9 +136,10 @@ def generate_groups(
     about = {"captions": [c.text for c in captions], "seed": seed, "groups": asdict(config), "weights": weights}
     settings = json.dumps(about)
     description = folder / "settings.json"
-    if description.exists() and description.read_text() != settings:
+    if not description.exists():
+        description.write_text(settings)
+    elif description.read_text() != settings:
         raise ValueError(f"{folder} holds samples made with other settings; name another data folder or delete it")
-    description.write_text(settings)
     parts = []
     starts = range(0, len(captions), config.batch_size)
     for start in tqdm(starts, desc=label):

@@ -59,7 +59,7 @@ def probe(model: str) -> list[str]:
     scheduler = _scheduler(model, config.get("scheduler"))
     if scheduler is not None:
         why = refusal(scheduler)
-        every = "every sampler and transition" if why is None else "none and best-of-n with the transition 'scheduler'"
+        every = "every sampler" if why is None else "none and best-of-n with the transition 'scheduler'"
         lines.append(f"{type(scheduler).__name__}: {every}" + ("" if why is None else f" ({why})"))
     return lines
 

@@ -51,7 +51,7 @@ class Denoiser(Protocol):
         """Denoise x [R, ...] at a level in 0..N-1.  Keeps the caller's gradient mode."""
         ...
 
-    def decode(self, x0: Tensor) -> Tensor:
+    def decode(self, x0: Tensor, rows: Tensor | None = None) -> Tensor:
         """Clean latents [R, ...] to images [R, 3, H, W] in [0, 1], differentiable."""
         ...
 

@@ -313,6 +313,6 @@ class GaussianMixtureDenoiser:
             x = ode(prediction, self.schedule, level, level + 1).mean
             yield prediction, x
 
-    def decode(self, x0: Tensor) -> Tensor:
+    def decode(self, x0: Tensor, rows: Tensor | None = None) -> Tensor:
         """The identity: a toy point [R, D] is its own "image" (no range [0, 1] here), and rewards judge it directly."""
         return x0

@@ -1,5 +1,6 @@
 """`PipelineDenoiser`: any supported diffusers pipeline as a `core.denoiser.Denoiser`."""
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,11 +11,15 @@ from torch import Tensor
 from rsm_guidance.core.ledger import Ledger
 from rsm_guidance.core.random import derive_seed
 from rsm_guidance.core.schedule import NoiseSchedule, Prediction
-from rsm_guidance.engine.families import pick_rows, traits_of, why_not
+from rsm_guidance.engine.families import denoisers_of, pick_rows, stock_call_of, traits_of, why_not
 from rsm_guidance.engine.loop import Done, Pause, Start, Step, StockLoop
 from rsm_guidance.engine.schedulers import Levels, read_levels, refusal
 
-_DECODE_BATCH = 32
+_DECODED_AT_ONCE = 2**18  # latent elements: four latents of 1024x1024 pixels at a time
+_REFUSED = {
+    "denoising_end": "it stops before the latents are clean, and nothing could judge them",
+    "padding_mask_crop": "it pastes the result into the picture outside of the denoising loop",
+}
 _CONDITIONING = ("prompt", "negative_prompt", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 
@@ -34,11 +39,9 @@ class PipelineDenoiser:
 
     def __init__(self, pipe: DiffusionPipeline, call: Mapping[str, Any], ledger: Ledger | None = None) -> None:
         require_drivable(pipe)
-        if call.get("denoising_end"):
-            raise ValueError(
-                "denoising_end stops before the latents are clean, and nothing could judge them; call this stage with "
-                "sampler=None and guide the one that finishes"
-            )
+        for argument, reason in _REFUSED.items():
+            if call.get(argument) is not None:
+                raise ValueError(f"{argument} cannot be guided: {reason}; call the pipeline with sampler=None")
         self.pipe = pipe
         self.ledger = ledger or Ledger()
         self.prompts = prompts_of(call)
@@ -50,6 +53,7 @@ class PipelineDenoiser:
         self._levels: Levels | None = None
         self._initial: Tensor | None = None
         self._scheduler_state: dict[str, Any] = {}
+        self._size: tuple[int, int] | None = None
         self._steps = 0
         self._per_row = 0.0
         # The paused loop: which rows it holds, at which level, with which latents, and what the denoiser said of them.
@@ -88,9 +92,9 @@ class PipelineDenoiser:
         """The latents [B, ...] the stock call starts from: its own, or those it prepares with other generators [B]."""
         if self._initial is None:
             call = self._call
-            if isinstance(call.get("generator"), list) and traits_of(self.pipe).images:
+            if isinstance(call.get("generator"), list) and traits_of(self.pipe).draws:
                 # An image for each row, so that each is encoded with its row's random numbers and not with the first's.
-                call = self._call_for(self._base, call["generator"])
+                call = call | self._images(self._base)
             self._initial = self._restart(call, self._base)
         if generators is None:
             return self._initial
@@ -137,14 +141,16 @@ class PipelineDenoiser:
             self._level, self._sample = level, step.following
             yield prediction, step.following
 
-    def decode(self, x0: Tensor) -> Tensor:
+    def decode(self, x0: Tensor, rows: Tensor | None = None) -> Tensor:
         """Clean latents [R, ...] to images [R, 3, H, W] in [0, 1] (videos [R, F, 3, H, W]), differentiable.
 
-        It is the pipeline's own decoder.
+        It is the pipeline's own decoder, and inpainting pastes the known region of each row.
         """
         self.ledger.decodes += len(x0)
-        images = [self._zero_step(chunk, "pt") for chunk in x0.split(_DECODE_BATCH)]
-        return torch.cat(images).float()
+        wanted = self._base if rows is None else tuple(rows.tolist())
+        size = max(1, _DECODED_AT_ONCE // x0[0].numel())
+        pieces = [slice(start, start + size) for start in range(0, len(x0), size)]
+        return torch.cat([self._zero_step(x0[p], "pt", wanted[p])[0] for p in pieces]).float()
 
     # --- what pipelines need besides ---
 
@@ -158,16 +164,15 @@ class PipelineDenoiser:
                 pause = self._loop.resume(x0)
                 assert isinstance(pause, Done)
                 return pause.output
-        return self._zero_step(x0, str(self._call.get("output_type", "pil")), whole=True)
+        return self._zero_step(x0, str(self._call.get("output_type", "pil")), self._base)
 
     @property
     def token_grid(self) -> tuple[int, int] | None:
-        """Rows and columns of packed latents [B, S, C]; None where latents are planes or the call leaves their size open."""
-        height, width = self._call.get("height"), self._call.get("width")
-        if self.initial().ndim != 3 or height is None or width is None:
+        """Rows and columns of packed latents [B, S, C]; None where latents are planes."""
+        if self.initial().ndim != 3 or self._size is None:
             return None
         patch = 2 * self.pipe.vae_scale_factor
-        return height // patch, width // patch
+        return self._size[0] // patch, self._size[1] // patch
 
     def close(self) -> None:
         """Abandon the paused call, if there is one."""
@@ -220,6 +225,7 @@ class PipelineDenoiser:
             raise ValueError(f"{type(self.pipe).__name__} opened no progress bar before its loop; it cannot be driven")
         if not self._steps:
             self._steps, self._scheduler_state = pause.steps, self._loop.scheduler_state()
+            self._size = pause.size
         self._per_row = self._per_row or (2.0 if pause.guided else 1.0)
         self._sample = pause.latents
         return pause.latents
@@ -262,16 +268,15 @@ class PipelineDenoiser:
         finally:
             self.ledger.denoiser_evaluations += self._loop.evaluations - before
 
-    def _zero_step(self, x0: Tensor, output_type: str, whole: bool = False) -> Any:
-        """Decode by running the stock call with every step skipped."""
-        rows = self._base if whole else (0,) * len(x0)
+    def _zero_step(self, x0: Tensor, output_type: str, rows: tuple[int, ...]) -> Any:
+        """The stock output of a call with every step skipped: decodes x0 [R, ...] of some rows."""
         call = self._call_for(rows, self._draws.again(rows, self._base))
-        call |= {"output_type": output_type, "callback_on_step_end": None}
-        loop = self._new_loop(call, rows, x0, self.steps)
+        call |= {"output_type": output_type, "callback": None, "callback_on_step_end": None}
+        loop = self._new_loop({k: v for k, v in call.items() if v is not None or k in self._call}, rows, x0, self.steps)
         pause = loop.resume()
         while not isinstance(pause, Done):
             pause = loop.resume()
-        return pause.output if whole else pause.output[0]
+        return pause.output
 
     def _call_for(
         self, rows: tuple[int, ...], generators: list[torch.Generator] | torch.Generator | None
@@ -280,21 +285,38 @@ class PipelineDenoiser:
         count = len(self._base)
         call = {k: v for k, v in self._call.items() if k != "latents" and not k.startswith(_CONDITIONING)}
         call |= {"prompt": [self.prompts[r] for r in rows], "generator": generators}
-        negative = self._call.get("negative_prompt")
-        if negative is not None or self._call.get("negative_prompt_embeds") is not None:
+        negative, parameters = (
+            self._call.get("negative_prompt"),
+            inspect.signature(stock_call_of(type(self.pipe))).parameters,
+        )
+        given = negative is not None or self._call.get("negative_prompt_embeds") is not None
+        if given and "negative_prompt" in parameters:
             texts = list(negative) if isinstance(negative, list) else [negative or ""]
             call["negative_prompt"] = [texts[r * len(texts) // count] for r in rows]
-        for name in traits_of(self.pipe).images:
-            if call.get(name) is not None:  # one for all rows, or one for each prompt
-                several = isinstance(call[name], list) or getattr(call[name], "ndim", 0) == 4
-                call[name] = pick_rows(list(call[name]) if several else [call[name]], rows, count)
         if (copies := traits_of(self.pipe).copies) is not None:
             call[copies] = 1
-        return call
+        return call | self._images(rows)
+
+    def _images(self, rows: tuple[int, ...]) -> dict[str, list[Any]]:
+        """The input images of rows, where the family takes one per prompt and each prompt, or row, has one."""
+        traits = traits_of(self.pipe)
+        if type(getattr(self.pipe, "controlnet", None)).__name__.startswith("Multi"):
+            return {}  # its lists hold an image for each control
+        picked = {}
+        for name in traits.images:
+            image = self._call.get(name)
+            several = isinstance(image, list) or getattr(image, "ndim", 0) == 4
+            if image is not None and (several or traits.draws):
+                picked[name] = pick_rows(list(image) if several else [image], rows, len(self._base))
+        return picked
 
 
 class _Draws:
-    """The random state that a call's generators had before it, so that a restart draws the same again."""
+    """The random state that a call's generators had before it, so that a restart draws the same again.
+
+    With one generator for several rows that hold input images it is not the same: diffusers encodes a common image once,
+    a restart one for each row.  Pass a generator for each row, or a seed.
+    """
 
     def __init__(self, generator: torch.Generator | list[torch.Generator] | None) -> None:
         self._each = isinstance(generator, list)
@@ -359,6 +381,10 @@ def require_drivable(pipe: DiffusionPipeline) -> None:
     reason = why_not(type(pipe))
     if reason is not None:
         raise ValueError(f"{type(pipe).__name__} cannot be guided: {reason}; call it with sampler=None")
+    if not denoisers_of(pipe):
+        raise ValueError(
+            f"{type(pipe).__name__} has no denoiser under a name that the engine knows; it cannot be guided"
+        )
     if not hasattr(pipe.scheduler, "step"):
         raise ValueError(f"{type(pipe).__name__} has no scheduler with a step, where the engine pauses the stock call")
 
@@ -369,15 +395,18 @@ def encode_images(pipe: DiffusionPipeline, images: Tensor) -> Tensor:
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must be [B, 3, H, W]; got {list(images.shape)}")
     vae, config = pipe.vae, pipe.vae.config
+    dtype = vae.dtype
+    if config.get("force_upcast") and dtype == torch.float16:  # SDXL's encoder overflows in half precision
+        vae.to(torch.float32)
     pixels = (2 * images - 1).to(vae.device, vae.dtype)
-    mean = config.get("latents_mean")
-    if mean is not None and config.get("latents_std") is not None and config.get("z_dim"):  # a video autoencoder
-        encoded = vae.encode(pixels.unsqueeze(2)).latent_dist.mean.squeeze(2)
-        shape = (1, -1, 1, 1)
-        latents = (encoded - encoded.new_tensor(mean).view(shape)) / encoded.new_tensor(config.latents_std).view(shape)
+    encoded = vae.encode(pixels.unsqueeze(2) if config.get("z_dim") else pixels)  # z_dim: a video autoencoder
+    vae.to(dtype)
+    latents = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent
+    latents = (latents.squeeze(2) if config.get("z_dim") else latents).to(dtype)
+    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+        mean, std = (latents.new_tensor(config[n]).view(1, -1, 1, 1) for n in ("latents_mean", "latents_std"))
+        latents = (latents - mean) / std * (config.get("scaling_factor") or 1.0)
     else:
-        encoded = vae.encode(pixels)
-        latents = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent
         latents = (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
     if hasattr(pipe, "_pack_latents"):  # into 2x2 patches
         latents = pipe._pack_latents(latents, *latents.shape)

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
-DENOISERS = ("transformer", "transformer_2", "unet")
+_DENOISERS = ("transformer", "transformer_2", "unconditional_transformer", "unet")
+_OTHER_DENOISERS = ("prior", "decoder")  # of pipelines that have none of those
+_IMAGES = ("image", "mask_image", "control_image")
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class Traits:
             to run the end of the step before.
         true_cfg: its `guidance_scale` is an input of the denoiser; classifier-free guidance is `true_cfg_scale`.
         copies: name of the argument for several samples per prompt, if any.
-        images: names of the input images that it encodes with random numbers, one for each row.
+        images: names of the input images of which it takes one per prompt.
+        draws: it encodes input images with random numbers, so that each row needs an image of its own.
     """
 
     interrupts: bool
@@ -31,6 +34,7 @@ class Traits:
     true_cfg: bool
     copies: str | None
     images: tuple[str, ...]
+    draws: bool
 
 
 def stock_call_of(cls: type[DiffusionPipeline]) -> Callable[..., Any]:
@@ -47,13 +51,15 @@ def traits_of(pipe: DiffusionPipeline) -> Traits:
 def _traits(cls: type[DiffusionPipeline]) -> Traits:
     call, name = stock_call_of(cls), cls.__name__
     draws = any(word in name for word in ("Img2Img", "Inpaint", "Fill"))
+    several = draws or "Kontext" in name or "ControlNet" in name or name.endswith("QwenImageEditPipeline")
     parameters = inspect.signature(call).parameters
     return Traits(
         interrupts="self.interrupt" in inspect.getsource(call),
         blends="Inpaint" in name,
         true_cfg="true_cfg_scale" in parameters,
         copies=next((n for n in ("num_images_per_prompt", "num_videos_per_prompt") if n in parameters), None),
-        images=tuple(n for n in ("image", "mask_image") if draws and n in parameters),
+        images=tuple(n for n in _IMAGES if several and n in parameters),
+        draws=draws,
     )
 
 
@@ -81,7 +87,17 @@ def uses_guidance(pipe: DiffusionPipeline, call: dict[str, Any]) -> bool:
         return negative and (argument("true_cfg_scale") or 0) > 1
     if hasattr(type(pipe), "do_classifier_free_guidance"):
         return bool(pipe.do_classifier_free_guidance)
-    return (argument("guidance_scale") or 0) > 1
+    # Without negative prompts the scale is an input of the denoiser.
+    return "negative_prompt" in parameters and (argument("guidance_scale") or 0) > 1
+
+
+def denoisers_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
+    """The modules that denoise, by their names in the pipeline."""
+    for names in (_DENOISERS, _OTHER_DENOISERS):
+        found = {n: m for n in names if isinstance(m := getattr(pipe, n, None), nn.Module)}
+        if found:
+            return found
+    return {}
 
 
 def pick_rows(value: Any, rows: tuple[int, ...], count: int) -> Any:

@@ -19,30 +19,31 @@ from diffusers.utils import BaseOutput
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor
 
-from rsm_guidance.engine.families import DENOISERS, stock_call_of, traits_of, uses_guidance
+from rsm_guidance.engine.families import denoisers_of, stock_call_of, traits_of, uses_guidance
 
 
 @dataclass(frozen=True)
 class Start:
     """The loop is ready to begin: `latents` [B, ...] and `steps` timesteps are prepared, no denoiser has been called.
 
-    `guided` says whether the call uses classifier-free guidance.
+    `guided` says whether the call uses classifier-free guidance, `size` is the image's height and width in pixels where the
+    call names them.
     """
 
     latents: Tensor
     steps: int
     guided: bool
+    size: tuple[int, int] | None
 
 
 @dataclass(frozen=True)
 class Step:
-    """The loop stands at `scheduler.step`; all tensors [B, ...], `timestep` a scalar.
+    """The loop stands at `scheduler.step`; all tensors [B, ...].
 
     `following` holds the latents [B, ...] to which the scheduler has stepped, where it takes its own steps.
     """
 
     model_output: Tensor
-    timestep: Tensor
     sample: Tensor
     following: Tensor | None = None
 
@@ -134,11 +135,13 @@ class StockLoop:
         self._blank = min(skip, int(traits.blends)) if traits.interrupts else skip
         self._jump = skip - self._blank
         self._call = dict(call)
-        if self._blank and call.get("callback_on_step_end") is not None:
-            self._call["callback_on_step_end"] = self._callback(call["callback_on_step_end"])
+        for name in ("callback", "callback_on_step_end"):
+            if self._blank and call.get(name) is not None:
+                self._call[name] = self._callback(call[name])
         self._skipping = True
         self._latents: Tensor | None = None
-        self._denoisers = {n: m for n in DENOISERS if isinstance(m := getattr(pipe, n, None), torch.nn.Module)}
+        self._size: tuple[int, int] | None = None
+        self._denoisers = denoisers_of(pipe)
         self._inner_pipe: dict[str, Any] = dict(vars(pipe))
         self._inner_scheduler: dict[str, Any] = dict(vars(pipe.scheduler))
         self._install(encode_prompt)
@@ -153,6 +156,9 @@ class StockLoop:
 
         @functools.wraps(stock_prepare)
         def prepare_latents(*args: Any, **kwargs: Any) -> Any:
+            arguments = inspect.signature(stock_prepare).bind(*args, **kwargs).arguments
+            if "height" in arguments and "width" in arguments:
+                self._size = int(arguments["height"]), int(arguments["width"])
             prepared = stock_prepare(*args, **kwargs)
             several = isinstance(prepared, tuple | list)
             own = prepared[0] if several else prepared
@@ -162,9 +168,13 @@ class StockLoop:
         @functools.wraps(stock_bar)
         def progress_bar(iterable: Any = None, total: int | None = None, **kwargs: Any) -> Any:
             # Opened right before the loop, when latents and timesteps are ready: the one place all families share.
-            assert self._latents is not None
+            if self._latents is None:
+                raise ValueError(
+                    f"{type(pipe).__name__} takes given latents without preparing them, so that the engine cannot set its "
+                    "own; leave `latents` out"
+                )
             steps = self._steps(len(iterable) if total is None else total)
-            self._pause(Start(self._latents, steps, uses_guidance(pipe, self._call)))
+            self._pause(Start(self._latents, steps, uses_guidance(pipe, self._call), self._size))
             self._fast_forward()
             return stock_bar(iterable=iterable, total=total, **kwargs)
 
@@ -174,14 +184,14 @@ class StockLoop:
                 if draws:
                     kwargs.setdefault("generator", self._call.get("generator"))
                 result = stock_step(model_output, timestep, sample, *args, **kwargs)
-                self._pause(Step(model_output, timestep, sample, result[0]))
+                self._pause(Step(model_output, sample, result[0]))
                 return result
             self._count_step(timestep)
             if self._blank:
                 latents = self._pass_blank()
             else:
                 self._skipping = False
-                latents = self._pause(Step(model_output, timestep, sample))
+                latents = self._pause(Step(model_output, sample))
             # Twice, since one-step pipelines read the second entry, x0; after the last step both are that.
             return (latents, latents) if kwargs.get("return_dict") is False else _SchedulerOutput(latents, latents)
 
@@ -204,6 +214,8 @@ class StockLoop:
     def _steps(self, total: int) -> int:
         """Steps of the loop, from the levels that its progress bar counts; some schedulers step more often than that."""
         scheduler = self.pipe.scheduler
+        if getattr(scheduler, "custom_timesteps", False):
+            return total
         if hasattr(scheduler, "begin_index"):
             return len(scheduler.timesteps) - (scheduler.begin_index or 0)
         return total + len(scheduler.timesteps) - (scheduler.num_inference_steps or total)
@@ -229,9 +241,7 @@ class StockLoop:
 
     def _callback(self, stock: Callable[..., Any]) -> Callable[..., Any]:
         """The caller's callback, which is not called for skipped steps."""
-        return lambda pipe, index, timestep, tensors: (
-            tensors if self._skipping else stock(pipe, index, timestep, tensors)
-        )
+        return lambda *arguments: arguments[-1] if self._skipping else stock(*arguments)
 
     def _count_step(self, timestep: Tensor) -> None:
         """Advance the scheduler's own counter, on which its `scale_model_input` depends."""

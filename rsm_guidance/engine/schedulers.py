@@ -70,6 +70,8 @@ def refusal(scheduler: SchedulerMixin) -> str | None:
     kind = "flow_prediction" if _is(scheduler, _FLOW) else scheduler.config.get("prediction_type", "epsilon")
     if kind not in _KINDS:
         return f"its prediction type {kind!r} cannot be read"
+    if scheduler.config.get("invert_sigmas"):
+        return "its noise levels rise"
     return None
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
@@ -46,9 +47,15 @@ class EngineBenchmark:
 
 def _seconds(pipe: DiffusionPipeline, sampler: Sampler | None, steps: int) -> float:
     call: dict[str, Any] = {"prompt": "a red circle", "num_inference_steps": steps, "output_type": "latent", "seed": 0}
-    start = time.perf_counter()
+    start = _now()
     pipe(**call, sampler=sampler)
-    return time.perf_counter() - start
+    return _now() - start
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def run_engine_benchmark(config: EngineBenchmark) -> dict[str, Any]:
@@ -62,7 +69,7 @@ def run_engine_benchmark(config: EngineBenchmark) -> dict[str, Any]:
             f"the engine benchmark needs a model, more than {_FEW} steps and a repeat; got {len(config.models)} models, "
             f"{config.steps} steps, {config.repeats} repeats"
         )
-    result: dict[str, Any] = {"steps": config.steps, "repeats": config.repeats, "models": {}}
+    result: dict[str, Any] = {"steps": config.steps, "repeats": config.repeats, "models": []}
     for model in config.models:
         pipe = load_pipeline(model, config.dtype)
         for sampler in PATHS.values():
@@ -73,9 +80,8 @@ def run_engine_benchmark(config: EngineBenchmark) -> dict[str, Any]:
                 whole, start = _seconds(pipe, sampler, config.steps), _seconds(pipe, sampler, _FEW)
                 times[name].append((whole - start) / (config.steps - _FEW))
         medians = {name: statistics.median(t) for name, t in times.items()}
-        result["models"][type(pipe).__name__] = {
-            name: {"seconds_per_step": t, "ratio": t / medians["stock"]} for name, t in medians.items()
-        }
+        paths = {name: {"seconds_per_step": t, "ratio": t / medians["stock"]} for name, t in medians.items()}
+        result["models"].append({"model": Path(model).name, "pipeline": type(pipe).__name__, "paths": paths})
     write_json(config.out, result)
     return result
 
@@ -83,8 +89,8 @@ def run_engine_benchmark(config: EngineBenchmark) -> dict[str, Any]:
 def engine_table(result: dict[str, Any]) -> str:
     """The result as a Markdown table."""
     lines = ["| pipeline | path | ms per step | of stock |", "|---|---|---|---|"]
-    for model, paths in result["models"].items():
-        lines += [
-            f"| {model} | {n} | {1000 * p['seconds_per_step']:.2f} | {p['ratio']:.3f} |" for n, p in paths.items()
-        ]
+    for model in result["models"]:
+        for name, path in model["paths"].items():
+            time_of, ratio = 1000 * path["seconds_per_step"], path["ratio"]
+            lines.append(f"| {model['pipeline']} | {name} | {time_of:.2f} | {ratio:.3f} |")
     return "\n".join(lines)

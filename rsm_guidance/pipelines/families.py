@@ -20,12 +20,14 @@ class Family:
         pipeline: name of the stock diffusers class.
         checkpoint: a model of it on the hub.
         inputs: example arguments besides the prompt, as code.
+        parts: further arguments of `from_pretrained`, as code.
     """
 
     title: str
     pipeline: str
     checkpoint: str
     inputs: str = ""
+    parts: str = ""
 
     @property
     def cls(self) -> type[DiffusionPipeline]:
@@ -58,6 +60,7 @@ FAMILIES: dict[str, Family] = {
         "StableDiffusionControlNetPipeline",
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "image=edges",
+        "controlnet=controlnet",
     ),
     "stable_diffusion_xl": Family(
         "Stable Diffusion XL", "StableDiffusionXLPipeline", "stabilityai/stable-diffusion-xl-base-1.0"
@@ -137,7 +140,7 @@ pipe = DiffusionPipeline.from_pretrained(
     "{checkpoint}",
     custom_pipeline=custom_pipeline("{name}"),
     trust_remote_code=True,
-)
+{parts})
 out = pipe(
 {arguments}    seed=0,
     sampler=StepwiseSampling(candidates=4),
@@ -161,7 +164,13 @@ def card(name: str) -> str:
     arguments = "".join(f"    {a},\n" for a in ('prompt="a photo of a cat"', *f.inputs.split(", ")) if a)
     data = "videos [B, F, 3, H, W] in [0, 1]" if name == "wan" else "images [B, 3, H, W] in [0, 1]"
     return _CARD.format(
-        name=name, title=f.title, pipeline=f.pipeline, checkpoint=f.checkpoint, arguments=arguments, data=data
+        parts=f"    {f.parts},\n" if f.parts else "",
+        name=name,
+        title=f.title,
+        pipeline=f.pipeline,
+        checkpoint=f.checkpoint,
+        arguments=arguments,
+        data=data,
     )
 
 

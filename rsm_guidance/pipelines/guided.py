@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
+from torch import Tensor
 
+from rsm_guidance.core.denoiser import Reward
 from rsm_guidance.core.ledger import Budget, Ledger
 from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.engine import PipelineDenoiser
@@ -57,7 +59,7 @@ _ARGUMENTS = """
                 reward. A function is applied to the decoded estimate of the clean image.
             budget (`Budget` or `float`, *optional*): hard cap; a number caps denoiser evaluations per image.
             seed (`int`, *optional*): names all random numbers; the same seed gives the same image for a prompt,
-                whatever the batch. Instead of `generator`.
+                whatever the batch (image-conditioned stock calls without a sampler excepted). Instead of `generator`.
             on_step (`Callable`, *optional*): receives a `Progress` after every level.
 """
 
@@ -104,6 +106,8 @@ def reward_guided(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
 
     def save_pretrained(self: DiffusionPipeline, save_directory: str | Path, **kwargs: Any) -> None:
         """Save under the stock class's name, so that the folder loads everywhere, with or without this package."""
+        if kwargs.get("push_to_hub"):
+            raise ValueError("save_pretrained corrects the folder after writing it; save first, then upload the folder")
         super(guided, self).save_pretrained(save_directory, **kwargs)
         index = Path(save_directory) / "model_index.json"
         index.write_text(index.read_text().replace(f'"{guided.__name__}"', f'"{base.__name__}"'))
@@ -201,7 +205,9 @@ def _set_judges(problem: Problem, judge: Judge | None, value: Judge | None, grid
     """Who judges what: the reward judges finished images, and noisy latents too unless a value model does."""
     denoiser, ledger = problem.denoiser, problem.ledger
     if isinstance(judge, DiffusionRewardModel):
-        problem.reward = judge.score_images if value is not None else None  # alone it scores the latents, undecoded
+        problem.reward = (
+            _charged(judge, ledger) if value is not None else None
+        )  # alone it scores the latents, undecoded
     else:
         problem.reward = judge
     scorer = judge if value is None else value
@@ -210,6 +216,16 @@ def _set_judges(problem: Problem, judge: Judge | None, value: Judge | None, grid
     elif scorer is not None:
         problem.value = TweedieValue(denoiser, scorer, ledger)
         problem.reward = problem.reward or scorer
+
+
+def _charged(judge: DiffusionRewardModel, ledger: Ledger) -> Reward:
+    """A diffusion reward model as a judge of finished images, booked at its share."""
+
+    def score(images: Tensor, prompts: list[str]) -> Tensor:
+        ledger.charge_value(len(images), judge.depth_share)
+        return judge.score_images(images, prompts)
+
+    return score
 
 
 def _check_prompt(call: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from rsm_guidance.core.denoiser import Denoiser, Reward, Value
 from rsm_guidance.core.ledger import Ledger
 from rsm_guidance.core.random import RandomStreams
-from rsm_guidance.core.transitions import Gaussian, Transition
+from rsm_guidance.core.transitions import Gaussian
 from rsm_guidance.rewards import judged, name_of
 
 
@@ -87,7 +87,7 @@ class Problem:
         if reward is not None:
             self.ledger.reward_calls += len(x0)
             prompts = [self.denoiser.prompts[r] for r in rows.tolist()]
-            return judged(lambda: reward(self.denoiser.decode(x0), prompts), len(x0), name_of(reward))
+            return judged(lambda: reward(self.denoiser.decode(x0, rows), prompts), len(x0), name_of(reward))
         if self.value is not None:
             return self.values(x0, self.denoiser.steps, rows)
         return None
@@ -193,7 +193,7 @@ class Sampler(Protocol):
 
 def new_trace(sampler: Any, problem: Problem) -> dict[str, Any]:
     """An empty trace: the sampler's settings, the prompts and, where the run steps by itself, the noise levels."""
-    own = getattr(sampler, "transition", None) == Transition("scheduler")
+    own = getattr(getattr(sampler, "transition", None), "kind", None) == "scheduler"
     return {
         "sampler": {"name": sampler.name, **asdict(sampler)},
         "prompts": list(problem.denoiser.prompts),

@@ -115,9 +115,7 @@ class FKSteering:
                     check_deadline(problem)
                     prediction = problem.denoiser.predict(group.latents, level, group.rows)
                     estimate = prediction.x0
-                    group.latents = problem.step(
-                        self.transition(prediction, schedule, level, level + 1), level, slots
-                    )
+                    group.latents = problem.step(self.transition(prediction, schedule, level, level + 1), level, slots)
                     scores = None
                     if level + 1 in levels and k > 1:
                         scores = group.table(problem.values(group.latents, level + 1, group.rows))

@@ -112,11 +112,15 @@ class SVDD:
         if self.candidates == 1:
             return False
         clean = stop == denoiser.steps
-        share, calls = (problem.final_cost, problem.final_calls) if clean or value is None else (
-            value.evaluations_per_row, value.reward_calls_per_row
+        share, calls = (
+            (problem.final_cost, problem.final_calls)
+            if clean or value is None
+            else (value.evaluations_per_row, value.reward_calls_per_row)
         )
         run = 1 + self.candidates * (stop - start - 1) + denoiser.steps - stop
-        evaluations = run * denoiser.evaluations_per_row + self.candidates * share + (0 if clean else problem.final_cost)
+        evaluations = (
+            run * denoiser.evaluations_per_row + self.candidates * share + (0 if clean else problem.final_cost)
+        )
         reward_calls = self.candidates * calls + (0 if clean else problem.final_calls)
         b = problem.count
         if problem.ledger.affords(evaluations * b, reward_calls * b, (reward_calls + 1) * b):

@@ -25,7 +25,7 @@ from rsm_guidance.core.transitions import Transition
 from rsm_guidance.engine import PipelineDenoiser, encode_images
 from rsm_guidance.rewards.shapes import to_uint8
 from rsm_guidance.samplers import Problem
-from rsm_guidance.shapes.render import render_spec
+from rsm_guidance.shapes.render import place, render
 from rsm_guidance.shapes.scenes import COLORS, SHAPES, Caption, Group, SceneSpec
 from rsm_guidance.shapes.verify import judge, see
 from rsm_guidance.training.objects import token_labels
@@ -194,16 +194,28 @@ def near_miss(spec: SceneSpec, rng: random.Random) -> SceneSpec:
     return SceneSpec(tuple(groups), spec.relation)
 
 
+@dataclass
+class Renders:
+    """Per caption a correct render and M near misses: latents [G, 1 + M, C, H, W] (half), labels [G, 1 + M, 64, 4]."""
+
+    latents: Tensor
+    labels: Tensor
+
+
 @torch.no_grad()
-def render_pairs(pipe: DiffusionPipeline, captions: list[Caption], seed: int) -> Tensor:
-    """Latents [G, 2, C, H, W] (half) of a correct render and of a near miss for every caption."""
+def render_near_misses(pipe: DiffusionPipeline, captions: list[Caption], seed: int, misses: int = 3) -> Renders:
+    """Draw and encode a correct scene and `misses` near misses for every caption."""
     rng = random.Random(f"near-miss|{seed}")
-    images = [
-        render_spec(spec, rng) for c in tqdm(captions, desc="near misses") for spec in (c.spec, near_miss(c.spec, rng))
-    ]
-    stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-    latents = torch.cat([encode_images(pipe, batch / 255).half() for batch in stacked.split(128)])
-    return latents.view(len(captions), 2, *latents.shape[1:])
+    latents, labels = [], []
+    for start in tqdm(range(0, len(captions), 32), desc="near misses"):
+        specs = [
+            s for c in captions[start : start + 32] for s in (c.spec, *(near_miss(c.spec, rng) for _ in range(misses)))
+        ]
+        scenes = [place(spec, rng) for spec in specs]
+        images = torch.from_numpy(np.stack([render(objects) for objects in scenes])).permute(0, 3, 1, 2)
+        latents.append(encode_images(pipe, images / 255).half().cpu())
+        labels.append(torch.from_numpy(np.stack([token_labels(objects) for objects in scenes])).half())
+    return Renders(*(torch.cat(t).unflatten(0, (len(captions), 1 + misses)) for t in (latents, labels)))
 
 
 def batches(count: int, size: int, steps: int, first: int, seed: int) -> Iterator[Tensor]:

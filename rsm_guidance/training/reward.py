@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from rsm_guidance.shapes.scenes import Caption, caption_set, random_caption
 from rsm_guidance.training.checkpoint import Ema, load_state, save_state, warmup_cosine
 from rsm_guidance.training.objects import ObjectHead
-from rsm_guidance.training.preferences import GroupConfig, Groups, batches, generate_groups, render_pairs
+from rsm_guidance.training.preferences import GroupConfig, Groups, Renders, batches, generate_groups, render_near_misses
 from rsm_guidance.training.reward_report import report_accuracy, validation_accuracy
 from rsm_guidance.values.drm import DiffusionRewardModel, load_backbone
 from rsm_guidance.values.drm.model import Adaptation
@@ -34,7 +34,8 @@ class RewardTrainConfig:
 
     Attributes:
         out: folder for data, training state, the model and its report.
-        pipeline: folder or hub id of the generator, "shapes" for the embedded one; it is the backbone too.
+        pipeline: folder of the generator, "shapes" for the embedded one; it is the backbone too. Another model of the
+            shapes world: the verifier orders its samples.
         prompts: training captions, all of the training split.
         validation_prompts: held-out captions that decide when to stop.
         groups: how samples are generated.
@@ -45,7 +46,7 @@ class RewardTrainConfig:
         head_width: width of the reward head.
         steps: optimiser updates.
         batch_groups: groups per update.
-        lr: peak learning rate of the head; the trunk learns at a third of it.
+        lr: peak learning rate of the head and of a LoRA; a tuned trunk learns at a third of it.
         weight_decay: AdamW weight decay.
         sibling_weight: weight of the sibling pairs' loss against that of the re-noised pairs.
         object_weight: weight of the auxiliary per-token prediction of what the finished image holds; none with a frozen
@@ -100,40 +101,47 @@ def batch_loss(
     drm: DiffusionRewardModel,
     objects: ObjectHead,
     groups: Groups,
-    renders: Tensor,
+    renders: Renders,
     rows: Tensor,
     config: RewardTrainConfig,
     generator: torch.Generator,
 ) -> tuple[Tensor, dict[str, float]]:
     """Loss of one batch: re-noised finals, siblings at their own level, and rendered pairs, in one forward pass."""
-    g, k = len(rows), groups.finals.shape[1]
+    g, k, device = len(rows), groups.finals.shape[1], next(drm.head.parameters()).device
     level = torch.rand(g, generator=generator) ** 0.75 * 0.98 + 0.01  # noisier than even, as sampling schedules are
     render_level = torch.rand(g, generator=generator) * 0.85
     latents = torch.cat(
         [
             renoise(groups.finals[rows].float(), level, generator),
             groups.children[rows].float(),
-            renoise(renders[rows].float(), render_level, generator),
+            renoise(renders.latents[rows].float(), render_level, generator),
         ],
         1,
     )
     n = latents.shape[1]
     sigma = torch.cat(
-        [level[:, None].expand(g, k), groups.sigma[rows, None].expand(g, k), render_level[:, None].expand(g, 2)], 1
+        [
+            level[:, None].expand(g, k),
+            groups.sigma[rows, None].expand(g, k),
+            render_level[:, None].expand(g, n - 2 * k),
+        ],
+        1,
     )
     prompts = [groups.prompts[r] for r in rows.tolist() for _ in range(n)]
-    x = latents.flatten(0, 1)
-    visual, grid = drm.features(x, 1000 * sigma.flatten(), prompts, drm.grid(x))
+    x = latents.flatten(0, 1).to(device)
+    visual, grid = drm.features(x, 1000 * sigma.flatten().to(device), prompts, drm.grid(x))
     scores = drm.head(visual, grid).view(g, n)
+    targets = groups.scores[rows].to(device)
     parts = {
-        "renoised": pair_loss(scores[:, :k], groups.scores[rows]),
-        "siblings": pair_loss(scores[:, k : 2 * k], groups.scores[rows]),
-        "rendered": F.softplus(scores[:, -1] - scores[:, -2]).mean(),
+        "renoised": pair_loss(scores[:, :k], targets),
+        "siblings": pair_loss(scores[:, k : 2 * k], targets),
+        "rendered": F.softplus(scores[:, 2 * k + 1 :] - scores[:, 2 * k, None]).mean(),
     }
-    loss = parts["renoised"] + config.sibling_weight * parts["siblings"] + 0.3 * parts["rendered"]
+    loss = parts["renoised"] + config.sibling_weight * parts["siblings"] + 0.5 * parts["rendered"]
     if config.object_weight and config.adaptation != "frozen":
-        generated = visual.view(g, n, *visual.shape[1:])[:, : 2 * k]
-        parts["objects"] = objects.loss(generated, groups.labels[rows].repeat(1, 2, 1, 1))
+        seen = groups.labels[rows].repeat(1, 2, 1, 1)  # siblings are to foresee it
+        labels = torch.cat([seen, renders.labels[rows]], 1).to(device)
+        parts["objects"] = objects.loss(visual.view(g, n, *visual.shape[1:]), labels)
         loss = loss + config.object_weight * parts["objects"]
     return loss, {name: part.item() for name, part in parts.items()}
 
@@ -155,7 +163,7 @@ def train_reward(config: RewardTrainConfig) -> dict[str, object]:
     small = replace(config.groups, batch_size=min(12, config.groups.batch_size))
     samples = generate_groups(pipe, held_out, small, data / "validation", config.seed, "validation samples")
     valid, reported = samples.every_other(0), samples.every_other(1)
-    renders = render_pairs(pipe, captions, config.seed)
+    renders = render_near_misses(pipe, captions, config.seed)
 
     torch.manual_seed(config.seed)
     drm = DiffusionRewardModel.from_pipeline(
@@ -167,7 +175,7 @@ def train_reward(config: RewardTrainConfig) -> dict[str, object]:
         backbone=config.pipeline,
     )
     trunk = [p for p in drm.trunk.parameters() if p.requires_grad] if config.adaptation != "frozen" else []
-    objects = ObjectHead(drm.trunk.dim)
+    objects = ObjectHead(drm.trunk.dim).to(pipe.device)
     head = [*drm.head.parameters(), *objects.parameters()]
     factors = [1.0, 0.33] if config.adaptation == "full" else [1.0, 1.0]
     optimizer = torch.optim.AdamW(

@@ -65,4 +65,4 @@ class TweedieValue:
         if level < self.denoiser.steps:
             x0 = (prediction or self.denoiser.predict(x, level, rows)).x0
         self.ledger.reward_calls += len(x)
-        return self.reward(self.denoiser.decode(x0), [self.denoiser.prompts[r] for r in rows.tolist()])
+        return self.reward(self.denoiser.decode(x0, rows), [self.denoiser.prompts[r] for r in rows.tolist()])

@@ -240,7 +240,7 @@ def test_help_of_the_installed_program() -> None:
 def test_benchmark_engine_writes_ratios(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "engine.json"
     main(["benchmark", "engine", "--steps", "4", "--repeats", "1", "--out", str(out)])
-    [paths] = json.loads(out.read_text())["models"].values()
+    [paths] = [m["paths"] for m in json.loads(out.read_text())["models"]]
     assert paths["stock"]["ratio"] == 1 and len(paths) == 4
     assert all(p["seconds_per_step"] > 0 for p in paths.values())
     assert "| stepwise, K=1 |" in capsys.readouterr().out

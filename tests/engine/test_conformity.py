@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from PIL import ImageOps
 from torch import Tensor
 
 import rsm_guidance as rg
@@ -178,3 +179,47 @@ def test_same_seed_same_image_in_any_batch(pipe: DiffusionPipeline, name: str) -
         both["negative_prompt"] = ["bad", "bad"]
         alone["negative_prompt"] = "bad"
     assert np.allclose(np.asarray(guided(**both).images)[1], np.asarray(guided(**alone).images)[0], atol=2e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "own",
+    [
+        "sd15_img2img",
+        "sd15_inpaint",
+        "sdxl_inpaint",
+        "sd3_inpaint",
+        "flux_kontext",
+        "sd15_controlnet",
+        "qwenimage_edit",
+    ],
+)
+def test_every_row_keeps_its_own_input_image(own: str) -> None:
+    pipe, base = ZOO[own].build(), ZOO[own].call()
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    pictures = [base["image"], ImageOps.invert(base["image"])]
+    arguments = base | {"prompt": ["a cat", "a cat"], "image": pictures, "generator": generators}
+    if "mask_image" in base:
+        arguments["mask_image"] = [base["mask_image"]] * 2
+    if arguments.get("negative_prompt") is not None:
+        arguments["negative_prompt"] = ["bad", "bad"]
+    with closing(PipelineDenoiser(pipe, arguments)) as denoiser:
+        x = denoiser.initial()
+        together = denoiser.predict(x, 0).x0
+        rows = torch.tensor([1, 0, 1])
+        assert torch.allclose(denoiser.predict(x[rows], 0, rows).x0, together[rows], atol=2e-4, rtol=1e-3)
+        same = together[:1].expand(3, *together.shape[1:])
+        decoded = denoiser.decode(same, rows)
+        assert torch.allclose(decoded[0], decoded[2], atol=1e-5)
+        if "inpaint" in own:
+            assert (decoded[0] - decoded[1]).abs().mean() > 1e-3, "the known regions differ"
+
+
+def test_arguments_that_cannot_be_guided_are_refused() -> None:
+    pipe, base = ZOO["sd15_inpaint"].build(), ZOO["sd15_inpaint"].call()
+    with pytest.raises(ValueError, match="padding_mask_crop cannot be guided"):
+        PipelineDenoiser(pipe, base | {"padding_mask_crop": 8})
+    stub = object.__new__(type(pipe))
+    stub.scheduler = pipe.scheduler
+    with pytest.raises(ValueError, match="no denoiser under a name"):
+        PipelineDenoiser(stub, base)

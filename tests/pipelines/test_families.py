@@ -91,7 +91,7 @@ def test_probe_tells_what_a_folder_can_do(tmp_path: Path, capsys: pytest.Capture
     assert all(name in listed for name in FAMILIES)
     assert probe(rg.shapes.model_path()) == [
         "StableDiffusion3Pipeline: can be guided, as custom_pipeline('stable_diffusion_3')",
-        "FlowMatchEulerDiscreteScheduler: every sampler and transition",
+        "FlowMatchEulerDiscreteScheduler: every sampler",
     ]
     folder = tmp_path / "heun"
     pipe = ZOO["sd15"].build()

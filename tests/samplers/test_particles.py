@@ -18,15 +18,28 @@ from rsm_guidance.core.mixture import (
 from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.core.schedule import NoiseSchedule, Prediction
 from rsm_guidance.core.transitions import Transition
-from rsm_guidance.samplers import FKSteering, Problem, SamplerOutput, Unguided
+from rsm_guidance.samplers import FKSteering, Problem, SamplerOutput
 
 ANCESTRAL = Transition("ddim", 1.0)
-GRID = [[-4.0, -4.0], [-4.0, 0.0], [-4.0, 4.0], [0.0, -4.0], [0.0, 0.0], [0.0, 4.0], [4.0, -4.0], [4.0, 0.0], [4.0, 4.0]]
+GRID = [
+    [-4.0, -4.0],
+    [-4.0, 0.0],
+    [-4.0, 4.0],
+    [0.0, -4.0],
+    [0.0, 0.0],
+    [0.0, 4.0],
+    [4.0, -4.0],
+    [4.0, 0.0],
+    [4.0, 4.0],
+]
 RING = [[4 * math.cos(k * math.pi / 4), 4 * math.sin(k * math.pi / 4)] for k in range(8)]
 CASES = {
     "grid": (GaussianMixture.from_weights([1 / 9] * 9, GRID, 0.3), QuadraticReward.around([0.0, 0.0], [0.01, 1.0])),
     "ring": (GaussianMixture.from_weights([1 / 8] * 8, RING, 0.3), QuadraticReward.around([0.0, 1.0], [1.0, 0.1])),
-    "linear": (GaussianMixture.from_weights([0.5, 0.5], [[-2.0], [2.0]], 0.25), QuadraticReward(torch.tensor([1.0]), torch.tensor([0.0]))),
+    "linear": (
+        GaussianMixture.from_weights([0.5, 0.5], [[-2.0], [2.0]], 0.25),
+        QuadraticReward(torch.tensor([1.0]), torch.tensor([0.0])),
+    ),
 }
 SCHEDULES = {"flow": NoiseSchedule.flow(100), "vp": NoiseSchedule.variance_preserving(100)}
 
@@ -49,7 +62,9 @@ class CaseValue:
         return self.reward(GaussianMixtureDenoiser(self.mixture, self.schedule, []).predict(x, level).x0)
 
 
-def problem(case: str, schedule: NoiseSchedule, count: int, exact: bool = True, seed: int = 0, **caps: float) -> Problem:
+def problem(
+    case: str, schedule: NoiseSchedule, count: int, exact: bool = True, seed: int = 0, **caps: float
+) -> Problem:
     prompts = [f"point {i}" for i in range(count)]
     mixture, reward = CASES[case]
     ledger = Ledger(Budget(**caps), images=count)
@@ -86,5 +101,4 @@ def test_fk_steering_finds_the_tilted_posterior(case: str, name: str, potential:
         sampler = FKSteering(particles, potential=potential, transition=ANCESTRAL)  # type: ignore[arg-type]
         mean, error = weighted_reward(sampler.sample(problem(case, schedule, 60, exact=potential == "difference")))
         errors.append(abs(mean - exact))
-        print(case, name, potential, particles, mean, error, exact)
     assert errors[-1] < 3 * error + 0.05

@@ -12,6 +12,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from rsm_guidance.engine.families import stock_call_of
+
 Texts = dict[str, Any]
 """Encoded prompts: per name one entry per prompt, a tensor each ([L, D], [D] or a mask [L])."""
 Grid = tuple[int, int]
@@ -89,13 +91,19 @@ def _flux(pipe: DiffusionPipeline, x: Tensor, t: Tensor, texts: Texts, grid: Gri
 
 
 def _masked_text(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Any]:
-    embeds, mask, _, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
+    clean = _default(pipe, "clean_caption")
+    embeds, mask, _, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, clean_caption=clean)
     return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
 
 
+def _default(pipe: DiffusionPipeline, argument: str) -> Any:
+    """What the pipeline's call takes when an argument is left out."""
+    return inspect.signature(stock_call_of(type(pipe))).parameters[argument].default
+
+
 def _sana_text(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Any]:
-    instruction = inspect.signature(type(pipe).__call__).parameters["complex_human_instruction"].default
-    embeds, mask, _, _ = pipe.encode_prompt(prompts, False, complex_human_instruction=instruction)
+    instruction, clean = _default(pipe, "complex_human_instruction"), _default(pipe, "clean_caption")
+    embeds, mask, _, _ = pipe.encode_prompt(prompts, False, clean_caption=clean, complex_human_instruction=instruction)
     return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
 
 

@@ -254,8 +254,8 @@ class DiffusionRewardModel(
     @property
     def image_size(self) -> int:
         """Side of the square images, in pixels, that the backbone was made for."""
-        latent = getattr(self.pipe, "default_sample_size", None) or denoiser_of(self.pipe).config.sample_size
-        return int(latent * self.pipe.vae_scale_factor)
+        latent = getattr(self.pipe, "default_sample_size", None) or denoiser_of(self.pipe).config.get("sample_size")
+        return int(latent * self.pipe.vae_scale_factor) if isinstance(latent, int) else 1024
 
     @property
     def trunk_dtype(self) -> torch.dtype:
@@ -264,7 +264,13 @@ class DiffusionRewardModel(
 
     def score_images(self, images: Tensor, prompts: list[str], timestep: float = 0.0) -> Tensor:
         """Scores [B] of images [B, 3, H, W] in [0, 1], encoded and judged as clean latents."""
-        return self.score(encode_images(self.pipe, images), timestep, prompts)
+        grid = None
+        if self.trunk.backbone.packed:
+            grid = (
+                images.shape[-2] // (2 * self.pipe.vae_scale_factor),
+                images.shape[-1] // (2 * self.pipe.vae_scale_factor),
+            )
+        return self.score(encode_images(self.pipe, images), timestep, prompts, grid=grid)
 
     # --- saving and loading ---
 

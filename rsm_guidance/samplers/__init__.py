@@ -9,8 +9,9 @@ from rsm_guidance.samplers.best_of_n import BestOfN
 from rsm_guidance.samplers.fk_steering import FKSteering
 from rsm_guidance.samplers.rollout import Unguided
 from rsm_guidance.samplers.stepwise import StepwiseSampling
+from rsm_guidance.samplers.svdd import SVDD
 
-SAMPLERS: dict[str, type[Sampler]] = {cls.name: cls for cls in (Unguided, BestOfN, StepwiseSampling, FKSteering)}
+SAMPLERS: dict[str, type[Sampler]] = {cls.name: cls for cls in (Unguided, BestOfN, StepwiseSampling, SVDD, FKSteering)}
 
 
 def make_sampler(name: str, **options: Any) -> Sampler:
@@ -32,6 +33,7 @@ def make_sampler(name: str, **options: Any) -> Sampler:
 
 __all__ = [
     "SAMPLERS",
+    "SVDD",
     "BestOfN",
     "FKSteering",
     "Interrupted",

@@ -2,7 +2,8 @@
 
 Every `block` levels K copies of the state run on independently, and one of them continues: the best by its value
 (temperature 0), or one drawn with probability proportional to exp(V / lambda), which is SVDD's soft-optimal policy.
-With block 1 the copies share their parent's denoiser evaluation (SVDD); with a block as long as the run this is best-of-N.
+With block 1 the copies share their parent's denoiser evaluation (SVDD).  In a longer first block each copy starts from a
+noise of its own, so that a block as long as the run is best-of-N.
 Greedy when temperature is 0; with one particle also the soft form is a biased sample of the tilted posterior.
 """
 
@@ -50,7 +51,8 @@ class SVDD:
             raise ValueError(f"temperature must be finite and at least 0; got {self.temperature}")
 
     def sample(self, problem: Problem) -> SamplerOutput:
-        """Cost per image: 1 + K (block - 1) denoiser evaluations per block, and K value evaluations."""
+        """Cost per image: 1 + K (block - 1) denoiser evaluations per block (K block in the first, if longer than one level),
+        and K value evaluations."""
         if self.candidates > 1:
             problem.require_judge(self.name)
         problem.require_budget()
@@ -62,6 +64,8 @@ class SVDD:
                 for start in range(0, steps, self.block):
                     stop = min(start + self.block, steps)
                     k = self.candidates if self._affordable(problem, start, stop) else 1
+                    if start == 0 and k > 1 and self.block > 1:
+                        x = torch.cat([problem.initial(c) for c in range(k)])
                     children, estimate = self._run(problem, x, start, stop, k)
                     if k == 1:
                         x = children
@@ -74,14 +78,14 @@ class SVDD:
         return finished(problem, x, trace, rewards)
 
     def _run(self, problem: Problem, x: Tensor, start: int, stop: int, k: int) -> tuple[Tensor, Tensor]:
-        """K continuations [K * B, ...] of states [B, ...] over a block, and the first one's last estimate [B, ...]."""
+        """K continuations [K * B, ...] of states [B, ...] (or of K * B) over a block, and the first one's last estimate."""
         schedule, b = problem.denoiser.schedule, problem.count
-        rows = problem.rows
+        rows = problem.rows.repeat(len(x) // b)
         for level in range(start, stop):
             check_deadline(problem)
             prediction = problem.denoiser.predict(x, level, rows)
             gaussian = self.transition(prediction, schedule, level, level + 1)
-            if level == start and k > 1:
+            if level == start and k > 1 and len(x) == b:
                 x = torch.cat([problem.step(gaussian, level, [0], child=c) for c in range(k)])
                 rows = problem.rows.repeat(k)
             else:
@@ -117,7 +121,8 @@ class SVDD:
             if clean or value is None
             else (value.evaluations_per_row, value.reward_calls_per_row)
         )
-        run = 1 + self.candidates * (stop - start - 1) + denoiser.steps - stop
+        shared = 0 if start == 0 and self.block > 1 else 1
+        run = shared + self.candidates * (stop - start - shared) + denoiser.steps - stop
         evaluations = (
             run * denoiser.evaluations_per_row + self.candidates * share + (0 if clean else problem.final_cost)
         )

@@ -43,7 +43,9 @@ class SamplerOptions:
     """How candidates are made; an option that is left out keeps the sampler's default."""
 
     candidates: int | None = None
-    """Samples (best-of-n) or children per level (stepwise)."""
+    """Samples (best-of-n), children per level (stepwise) or continuations per block (svdd)."""
+    particles: int | None = None
+    """fk-steering: particles per prompt."""
     transition: Literal["scheduler", "ode", "ddim", "cps", "flow_sde"] | None = None
     """How to step; ode is deterministic."""
     noise: float | None = None
@@ -55,7 +57,11 @@ class SamplerOptions:
     trajectories: int | None = None
     """stepwise: independent runs, of which the final judge picks one."""
     temperature: float | None = None
-    """stepwise: 0 keeps the best child, above 0 draws one by softmax(score / temperature)."""
+    """stepwise and svdd: 0 keeps the best, above 0 draws by softmax(score / temperature); fk-steering: of the target."""
+    block: int | None = None
+    """svdd: levels per block."""
+    potential: Literal["difference", "max", "sum"] | None = None
+    """fk-steering: how values become weights."""
 
     def build(self, name: str) -> Sampler:
         """The sampler of that name.

@@ -64,9 +64,9 @@ class Abandoned(Exception):
 
 
 def build_sampler(name: str, candidates: int) -> Sampler:
-    """The sampler of that name with its defaults, and with `candidates` where it has any."""
-    takes = name in SAMPLERS and "candidates" in inspect.signature(SAMPLERS[name]).parameters
-    return make_sampler(name, **({"candidates": candidates} if takes else {}))
+    """The sampler of that name with its defaults, and with as many candidates, or particles, where it has any."""
+    takes = inspect.signature(SAMPLERS[name]).parameters if name in SAMPLERS else {}
+    return make_sampler(name, **{n: candidates for n in ("candidates", "particles") if n in takes})
 
 
 @torch.no_grad()
@@ -146,12 +146,23 @@ def table(outcome: Outcome, prompt: str, verifiable: bool) -> list[list[str]]:
     return rows
 
 
+def chosen_path(trace: dict[str, Any]) -> list[tuple[int, list[float], int]]:
+    """Level, scores and the chosen one of them for the first image, from noise to image."""
+    points: list[tuple[int, list[float], int]] = []
+    chosen = 0
+    if "candidates" in trace:  # whole images were compared, at the clean end
+        chosen = trace["candidates"]["chosen"][0]
+        points.append((trace["steps"], trace["candidates"]["rewards"][0], chosen))
+    for entry in reversed(trace["levels"]):
+        # Of particles, the ancestor of the one that was chosen in the end.
+        chosen = entry["chosen"][0] if "chosen" in entry else entry["ancestors"][0][chosen]
+        points.append((entry["level"], entry["scores"][0], chosen))
+    return points[::-1]
+
+
 def score_plot(trace: dict[str, Any]) -> Figure:
     """Every candidate's score as a dot over the steps, the chosen ones joined by a line."""
-    steps = len(trace["sigma"]) - 1
-    points = [(entry["level"], entry["scores"][0], entry["chosen"][0]) for entry in trace["levels"]]
-    if "candidates" in trace:  # whole images were compared, at the clean end
-        points.append((steps, trace["candidates"]["rewards"][0], trace["candidates"]["chosen"][0]))
+    steps, points = trace["steps"], chosen_path(trace)
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.subplots()
     axes.set(xlabel="step", ylabel="score", title="score per step", xlim=(0, steps + 0.5))

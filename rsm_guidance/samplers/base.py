@@ -198,6 +198,7 @@ def new_trace(sampler: Any, problem: Problem) -> dict[str, Any]:
         "sampler": {"name": sampler.name, **asdict(sampler)},
         "prompts": list(problem.denoiser.prompts),
         "seed": problem.streams.seed,
+        "steps": problem.denoiser.steps,
         "sigma": None if own else problem.denoiser.schedule.sigma.tolist(),
         "levels": [],
     }

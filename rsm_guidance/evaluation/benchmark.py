@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from rsm_guidance.core.transitions import Transition
 from rsm_guidance.evaluation.files import write_json
 from rsm_guidance.evaluation.generate import (
     Generation,
@@ -90,7 +91,7 @@ def run_samplers_benchmark(config: SamplersBenchmark) -> dict[str, Any]:
     schedule, per_level = levels_of(pipe, generation)
     once = schedule.steps * per_level + value_share(judge)
     transition = config.stepwise.transition
-    plan: dict[str, Sampler] = {"none": Unguided(transition), "none (ode)": Unguided()}
+    plan: dict[str, Sampler] = {"none": Unguided(transition), "none (ode)": Unguided(Transition("ode"))}
     for multiple in config.multiples:
         both: tuple[Sampler, ...] = (BestOfN(transition=transition), config.stepwise)
         for sampler in both:

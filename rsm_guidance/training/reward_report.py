@@ -48,12 +48,14 @@ def sibling_accuracy(drm: DiffusionRewardModel, groups: Groups) -> dict[float, t
 
 
 def validation_accuracy(drm: DiffusionRewardModel, groups: Groups) -> dict[str, float]:
-    """Mean pair accuracy over three levels, sibling accuracy over all pairs, and the mean of both."""
+    """Pair accuracy over three levels, sibling accuracy, and both over all their pairs together."""
     drm.eval()
-    pair = float(np.mean([pair_accuracy(drm, groups, s)[0] for s in (0.2, 0.6, 0.85)]))
-    siblings = sibling_accuracy(drm, groups).values()
-    sibling = sum(a * n for a, n in siblings) / max(1, sum(n for _, n in siblings))
-    return {"pair": pair, "sibling": sibling, "mean": (pair + sibling) / 2}
+    pairs, siblings = [pair_accuracy(drm, groups, s) for s in (0.2, 0.6, 0.85)], [*sibling_accuracy(drm, groups).values()]
+
+    def pooled(results: list[tuple[float, int]]) -> float:
+        return sum(a * n for a, n in results) / max(1, sum(n for _, n in results))
+
+    return {"pair": pooled(pairs), "sibling": pooled(siblings), "mean": pooled(pairs + siblings)}
 
 
 def report_accuracy(drm: DiffusionRewardModel, groups: Groups, plot: Path) -> dict[str, object]:

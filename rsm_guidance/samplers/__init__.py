@@ -8,10 +8,13 @@ from rsm_guidance.samplers.base import Interrupted, Problem, Progress, Sampler, 
 from rsm_guidance.samplers.best_of_n import BestOfN
 from rsm_guidance.samplers.fk_steering import FKSteering
 from rsm_guidance.samplers.rollout import Unguided
+from rsm_guidance.samplers.smc import TwistedSMC
 from rsm_guidance.samplers.stepwise import StepwiseSampling
 from rsm_guidance.samplers.svdd import SVDD
 
-SAMPLERS: dict[str, type[Sampler]] = {cls.name: cls for cls in (Unguided, BestOfN, StepwiseSampling, SVDD, FKSteering)}
+SAMPLERS: dict[str, type[Sampler]] = {
+    cls.name: cls for cls in (Unguided, BestOfN, StepwiseSampling, SVDD, FKSteering, TwistedSMC)
+}
 
 
 def make_sampler(name: str, **options: Any) -> Sampler:
@@ -43,6 +46,7 @@ __all__ = [
     "SamplerOutput",
     "StepwiseSampling",
     "Transition",
+    "TwistedSMC",
     "Unguided",
     "make_sampler",
 ]

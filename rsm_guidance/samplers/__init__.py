@@ -7,13 +7,14 @@ from rsm_guidance.core.transitions import Transition
 from rsm_guidance.samplers.base import Interrupted, Problem, Progress, Sampler, SamplerOutput
 from rsm_guidance.samplers.best_of_n import BestOfN
 from rsm_guidance.samplers.fk_steering import FKSteering
+from rsm_guidance.samplers.reward_gradient import RewardGradient
 from rsm_guidance.samplers.rollout import Unguided
 from rsm_guidance.samplers.smc import TwistedSMC
 from rsm_guidance.samplers.stepwise import StepwiseSampling
 from rsm_guidance.samplers.svdd import SVDD
 
 SAMPLERS: dict[str, type[Sampler]] = {
-    cls.name: cls for cls in (Unguided, BestOfN, StepwiseSampling, SVDD, FKSteering, TwistedSMC)
+    cls.name: cls for cls in (Unguided, BestOfN, StepwiseSampling, SVDD, FKSteering, TwistedSMC, RewardGradient)
 }
 
 
@@ -42,6 +43,7 @@ __all__ = [
     "Interrupted",
     "Problem",
     "Progress",
+    "RewardGradient",
     "Sampler",
     "SamplerOutput",
     "StepwiseSampling",

@@ -84,6 +84,13 @@ def problem(
     ledger = Ledger(Budget(**caps), images=count)
     judge = CaseValue(case, schedule, ledger, exact)
     denoiser = GaussianMixtureDenoiser(mixture, schedule, prompts, seed)
+    inner = denoiser.predict
+
+    def counted(x: Tensor, level: int, rows: Tensor | None = None) -> Prediction:
+        ledger.denoiser_evaluations += len(x)
+        return inner(x, level, rows)
+
+    object.__setattr__(denoiser, "predict", counted)
     streams = RandomStreams.for_prompts(seed, prompts)
     return Problem(denoiser, streams, ledger, reward=lambda x, p: reward(x), value=judge)
 

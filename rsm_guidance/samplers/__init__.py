@@ -8,13 +8,15 @@ from rsm_guidance.samplers.base import Interrupted, Problem, Progress, Sampler, 
 from rsm_guidance.samplers.best_of_n import BestOfN
 from rsm_guidance.samplers.fk_steering import FKSteering
 from rsm_guidance.samplers.reward_gradient import RewardGradient
+from rsm_guidance.samplers.rolling import RollingSelection
 from rsm_guidance.samplers.rollout import Unguided
 from rsm_guidance.samplers.smc import TwistedSMC
 from rsm_guidance.samplers.stepwise import StepwiseSampling
 from rsm_guidance.samplers.svdd import SVDD
 
 SAMPLERS: dict[str, type[Sampler]] = {
-    cls.name: cls for cls in (Unguided, BestOfN, StepwiseSampling, SVDD, FKSteering, TwistedSMC, RewardGradient)
+    cls.name: cls
+    for cls in (Unguided, BestOfN, StepwiseSampling, SVDD, FKSteering, TwistedSMC, RewardGradient, RollingSelection)
 }
 
 
@@ -44,6 +46,7 @@ __all__ = [
     "Problem",
     "Progress",
     "RewardGradient",
+    "RollingSelection",
     "Sampler",
     "SamplerOutput",
     "StepwiseSampling",

@@ -57,7 +57,7 @@ class Sample:
     trace: Path | None = None
     """JSON file for the record of every candidate, score and choice."""
     sampler: str = "stepwise"
-    """none, best-of-n, stepwise, svdd or fk-steering."""
+    """none, best-of-n, stepwise, svdd, rbf, fk-steering, smc or reward-gradient."""
     seed: int = 0
     """The same seed gives the same image."""
     budget: float | None = None
@@ -205,7 +205,7 @@ class Evaluate:
     json: Path
     """Where the result goes."""
     sampler: str = "none"
-    """none, best-of-n, stepwise, svdd or fk-steering."""
+    """none, best-of-n, stepwise, svdd, rbf, fk-steering, smc or reward-gradient."""
     guide: str | None = None
     """What guides the sampler; default: the reward."""
     seed: int = 0

@@ -45,7 +45,7 @@ class SamplerOptions:
     candidates: int | None = None
     """Samples (best-of-n), children per level (stepwise) or continuations per block (svdd)."""
     particles: int | None = None
-    """fk-steering: particles per prompt."""
+    """fk-steering and smc: particles per prompt."""
     transition: Literal["scheduler", "ode", "ddim", "cps", "flow_sde"] | None = None
     """How to step; ode is deterministic."""
     noise: float | None = None
@@ -62,6 +62,10 @@ class SamplerOptions:
     """svdd: levels per block."""
     potential: Literal["difference", "max", "sum"] | None = None
     """fk-steering: how values become weights."""
+    strength: float | None = None
+    """reward-gradient: size of the push, in standard deviations of a step."""
+    threshold: float | None = None
+    """rbf: value above which a child is accepted; fk-steering and smc: share of effective particles to resample at."""
 
     def build(self, name: str) -> Sampler:
         """The sampler of that name.

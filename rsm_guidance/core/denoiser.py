@@ -65,6 +65,11 @@ class Value(Protocol):
         ...
 
     @property
+    def reads_prediction(self) -> bool:
+        """Whether the value is a function of the denoiser's prediction, and not of the noisy latents alone."""
+        ...
+
+    @property
     def reward_calls_per_row(self) -> int:
         """Images that judging one latent decodes and shows to a reward (0 for a model of the latents themselves)."""
         ...

@@ -7,11 +7,17 @@ from rsm_guidance.core.transitions import Transition
 from rsm_guidance.samplers.base import Interrupted, Problem, Progress, Sampler, SamplerOutput
 from rsm_guidance.samplers.best_of_n import BestOfN
 from rsm_guidance.samplers.fk_steering import FKSteering
+from rsm_guidance.samplers.reward_gradient import RewardGradient
+from rsm_guidance.samplers.rolling import RollingSelection
 from rsm_guidance.samplers.rollout import Unguided
+from rsm_guidance.samplers.smc import TwistedSMC
 from rsm_guidance.samplers.stepwise import StepwiseSampling
 from rsm_guidance.samplers.svdd import SVDD
 
-SAMPLERS: dict[str, type[Sampler]] = {cls.name: cls for cls in (Unguided, BestOfN, StepwiseSampling, SVDD, FKSteering)}
+SAMPLERS: dict[str, type[Sampler]] = {
+    cls.name: cls
+    for cls in (Unguided, BestOfN, StepwiseSampling, SVDD, FKSteering, TwistedSMC, RewardGradient, RollingSelection)
+}
 
 
 def make_sampler(name: str, **options: Any) -> Sampler:
@@ -39,10 +45,13 @@ __all__ = [
     "Interrupted",
     "Problem",
     "Progress",
+    "RewardGradient",
+    "RollingSelection",
     "Sampler",
     "SamplerOutput",
     "StepwiseSampling",
     "Transition",
+    "TwistedSMC",
     "Unguided",
     "make_sampler",
 ]

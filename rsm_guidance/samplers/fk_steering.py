@@ -15,7 +15,7 @@ Unlike the published code, weights are carried when no resampling is due, are ne
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from rsm_guidance.samplers.base import (
     interruptible,
     new_trace,
 )
-from rsm_guidance.samplers.particles import Particles
+from rsm_guidance.samplers.particles import Particles, conclude
 
 _BISECTIONS = 40
 
@@ -133,7 +133,9 @@ class FKSteering:
             return finished(problem, group.pick(heaviest[:, None]), trace)
         if rewards is None:
             return finished(problem, group.latents, trace)
-        return self._finish(problem, group, group.table(rewards), trace)
+        table = group.table(rewards)
+        group.reweight(table / self.temperature - group.carried["potentials"])
+        return conclude(group, table, self.returned, trace)
 
     def _weighs(self, problem: Problem, level: int) -> bool:
         schedule = problem.denoiser.schedule
@@ -170,18 +172,3 @@ class FKSteering:
         if self.potential != "difference":
             group.carried["running"] = increment
         group.carried["potentials"] = group.carried["potentials"] + increment
-
-    def _finish(self, problem: Problem, group: Particles, rewards: Tensor, trace: dict[str, Any]) -> SamplerOutput:
-        group.reweight(rewards / self.temperature - group.carried["potentials"])
-        weights = group.close()
-        chosen = rewards.argmax(1) if self.returned == "best" else group.draw(weights)
-        trace["candidates"] = {
-            "rewards": rewards.tolist(),
-            "log_weights": weights.tolist(),
-            "chosen": chosen.tolist(),
-        }
-        picked = (torch.arange(problem.count), chosen)
-        output = finished(problem, group.pick(chosen[:, None]), trace, rewards[picked])
-        output.log_normalizer = group.log_normalizer
-        output.log_weights = weights[picked]
-        return output

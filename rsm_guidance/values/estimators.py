@@ -23,6 +23,7 @@ class DRMValue:
     ledger: Ledger
     grid: tuple[int, int] | None = None
     reward_calls_per_row = 0
+    reads_prediction = False
 
     @property
     def evaluations_per_row(self) -> float:
@@ -51,6 +52,7 @@ class TweedieValue:
     reward: Reward
     ledger: Ledger
     reward_calls_per_row = 1
+    reads_prediction = True
 
     @property
     def evaluations_per_row(self) -> float:

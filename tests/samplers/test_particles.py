@@ -19,7 +19,16 @@ from rsm_guidance.core.mixture import (
 from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.core.schedule import NoiseSchedule, Prediction
 from rsm_guidance.core.transitions import Transition
-from rsm_guidance.samplers import SVDD, BestOfN, FKSteering, Problem, SamplerOutput, StepwiseSampling, Unguided
+from rsm_guidance.samplers import (
+    SVDD,
+    BestOfN,
+    FKSteering,
+    Problem,
+    SamplerOutput,
+    StepwiseSampling,
+    TwistedSMC,
+    Unguided,
+)
 
 ANCESTRAL = Transition("ddim", 1.0)
 GRID = [
@@ -54,6 +63,7 @@ class CaseValue:
     def __init__(self, case: str, schedule: NoiseSchedule, ledger: Ledger, exact: bool) -> None:
         self.mixture, self.reward = CASES[case]
         self.schedule, self.ledger, self.exact = schedule, ledger, exact
+        self.reads_prediction = not exact
         self.evaluations_per_row = 0.5
 
     def __call__(self, x: Tensor, level: int, rows: Tensor, prediction: Prediction | None = None) -> Tensor:
@@ -61,7 +71,9 @@ class CaseValue:
         alpha, sigma = self.schedule.coefficients(level)
         if self.exact or level == self.schedule.steps:
             return value(self.mixture, self.reward, x.double(), alpha, sigma)
-        return self.reward(GaussianMixtureDenoiser(self.mixture, self.schedule, []).predict(x, level).x0)
+        if prediction is None:
+            prediction = GaussianMixtureDenoiser(self.mixture, self.schedule, []).predict(x, level)
+        return self.reward(prediction.x0)
 
 
 def problem(
@@ -72,6 +84,13 @@ def problem(
     ledger = Ledger(Budget(**caps), images=count)
     judge = CaseValue(case, schedule, ledger, exact)
     denoiser = GaussianMixtureDenoiser(mixture, schedule, prompts, seed)
+    inner = denoiser.predict
+
+    def counted(x: Tensor, level: int, rows: Tensor | None = None) -> Prediction:
+        ledger.denoiser_evaluations += len(x)
+        return inner(x, level, rows)
+
+    object.__setattr__(denoiser, "predict", counted)
     streams = RandomStreams.for_prompts(seed, prompts)
     return Problem(denoiser, streams, ledger, reward=lambda x, p: reward(x), value=judge)
 
@@ -143,12 +162,68 @@ def test_returned_samples_follow_the_target() -> None:
     assert abs(float(output.rewards.mean()) - float(expected_reward(tilt(mixture, reward)[0], reward))) < 3.5 * error
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("case", CASES)
+def test_twisted_proposals_find_the_tilted_posterior_with_even_weights(case: str, name: str) -> None:
+    mixture, reward = CASES[case]
+    posterior, log_z = tilt(mixture, reward)
+    twisted = TwistedSMC(32, transition=ANCESTRAL).sample(problem(case, SCHEDULES[name], 30))
+    mean, error = weighted_reward(twisted)
+    assert abs(mean - float(expected_reward(posterior, reward))) < 3 * error + 0.03
+    z, error = mean_normalizer(twisted)
+    assert abs(z - float(log_z.exp())) < 3 * error + 0.03 * float(log_z.exp())
+    plain = FKSteering(32, transition=ANCESTRAL).sample(problem(case, SCHEDULES[name], 30))
+    assert resampled(twisted) < 0.5 * resampled(plain), "following the exact value's gradient keeps the weights even"
+
+
+def resampled(output: SamplerOutput) -> float:
+    """How often a prompt was resampled."""
+    k = len(output.trace["candidates"]["rewards"][0])
+    return sum(row != list(range(k)) for entry in output.trace["levels"] for row in entry["ancestors"])
+
+
+@pytest.mark.parametrize("jacobian", [True, False])
+@pytest.mark.parametrize("power", [0.0, 2.0])
+def test_twists_from_tweedies_estimate_are_weighed_out(jacobian: bool, power: float) -> None:
+    mixture, reward = CASES["linear"]
+    exact = float(expected_reward(tilt(mixture, reward)[0], reward))
+    sampler = TwistedSMC(128, power=power, jacobian=jacobian, transition=ANCESTRAL)
+    mean, error = weighted_reward(sampler.sample(problem("linear", COARSE, 20, exact=False)))
+    assert abs(mean - exact) < 3 * error + 0.05
+
+
+def test_a_value_without_gradient_is_refused_and_nan_gradients_are_dropped() -> None:
+    class Blind(ConstantValue):
+        def __call__(self, x: Tensor, level: int, rows: Tensor, prediction: Prediction | None = None) -> Tensor:
+            return torch.ones(len(x))
+
+    class Broken(ConstantValue):
+        def __call__(self, x: Tensor, level: int, rows: Tensor, prediction: Prediction | None = None) -> Tensor:
+            return (0 * x.flatten(1).sum(1)).sqrt()  # finite, with an infinite derivative
+
+    task = problem("ring", SHORT, 3)
+    task.value = Blind()
+    with pytest.raises(ValueError, match="Blind is not differentiable"):
+        TwistedSMC().sample(task)
+    task = problem("ring", SHORT, 3)
+    task.value = Broken()
+    assert TwistedSMC().sample(task).latents.isfinite().all()
+
+
 # --- identities ---
 
 SHORT = NoiseSchedule.flow(8)
 
 
-@pytest.mark.parametrize("sampler", [FKSteering(5, transition=ANCESTRAL), SVDD(5, transition=ANCESTRAL), SVDD(3, 4)])
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        FKSteering(5, transition=ANCESTRAL),
+        SVDD(5, transition=ANCESTRAL),
+        SVDD(3, 4),
+        TwistedSMC(4, transition=ANCESTRAL),
+    ],
+)
 def test_a_constant_reward_leaves_the_unguided_run(sampler: Any) -> None:
     task = problem("ring", SHORT, 6)
     task.value, task.reward = None, lambda x, p: torch.zeros(len(x))
@@ -160,9 +235,10 @@ def test_a_constant_reward_leaves_the_unguided_run(sampler: Any) -> None:
 class ConstantValue:
     evaluations_per_row = 0.0
     reward_calls_per_row = 0
+    reads_prediction = False
 
     def __call__(self, x: Tensor, level: int, rows: Tensor, prediction: Prediction | None = None) -> Tensor:
-        return torch.full((len(x),), 3.0)
+        return 3.0 + 0 * x.flatten(1).sum(1)
 
 
 @pytest.mark.parametrize("sampler", [FKSteering(1, transition=ANCESTRAL), SVDD(1, transition=ANCESTRAL)])
@@ -171,7 +247,10 @@ def test_one_particle_is_the_unguided_run(sampler: Any) -> None:
     assert torch.equal(sampler.sample(problem("ring", SHORT, 6)).latents, plain)
 
 
-@pytest.mark.parametrize("sampler", [FKSteering(6, transition=ANCESTRAL), SVDD(4, 3, 1.0, ANCESTRAL)])
+@pytest.mark.parametrize(
+    "sampler",
+    [FKSteering(6, transition=ANCESTRAL), SVDD(4, 3, 1.0, ANCESTRAL), TwistedSMC(4, transition=ANCESTRAL)],
+)
 def test_prompts_are_independent_and_shifts_of_the_reward_change_nothing(sampler: Any) -> None:
     together = sampler.sample(problem("ring", SHORT, 7)).latents
     for row in (0, 3, 6):

@@ -1,0 +1,145 @@
+"""Twisted sequential Monte Carlo: particles whose proposals follow the gradient of the value.
+
+TDS (arXiv 2306.17775) and DAS (arXiv 2501.05803).  With the base transition p(x' | x) = N(mu, s^2), the twist
+phi_t(x) = gamma_t V(x_t) / lambda and q(x' | x) = N(mu + s^2 grad phi_t(x), s^2), a particle's weight is multiplied by
+
+    p(x' | x) / q(x' | x)  exp(phi_{t+1}(x') - phi_t(x)),
+
+and in the end by exp(r(x0) / lambda - phi).  The product targets p(x0) exp(r(x0) / lambda) / Z exactly as K grows, for any
+twist; a good one keeps the weights even.  gamma_t = progress ^ `power` tempers early values.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from rsm_guidance.core.resampling import SCHEMES, Scheme
+from rsm_guidance.core.schedule import Prediction
+from rsm_guidance.core.transitions import Gaussian, Transition
+from rsm_guidance.samplers.base import (
+    Interrupted,
+    Problem,
+    SamplerOutput,
+    check_deadline,
+    finished,
+    interruptible,
+    new_trace,
+)
+from rsm_guidance.samplers.gradients import value_and_gradient
+from rsm_guidance.samplers.particles import Particles, conclude
+
+
+@dataclass(frozen=True)
+class TwistedSMC:
+    """Sequential Monte Carlo with gradient proposals.
+
+    Attributes:
+        particles: K >= 1 per prompt; particle 0 starts where the unguided run starts.
+        temperature: lambda > 0 of the target p(x0) exp(r(x0) / lambda).
+        power: gamma_t = progress ^ power; 0 leaves values as they are.
+        threshold: resample below this share of K of effective particles, in (0, 1].
+        resampling: scheme.
+        transition: how to step; a stochastic one.
+        largest_shift: proposals move by at most so many standard deviations per dimension (root mean square); weights
+            take the clipped proposal into account.
+        jacobian: differentiate through the denoiser, where the value reads its estimate.
+        returned: "best" returns the particle of highest reward, "sample" draws one by weight, a sample of the target.
+    """
+
+    name: ClassVar[str] = "smc"
+    particles: int = 4
+    temperature: float = 1.0
+    power: float = 0.0
+    threshold: float = 0.5
+    resampling: Scheme = "systematic"
+    transition: Transition = Transition("ddim", 1.0)
+    largest_shift: float = 1.0
+    jacobian: bool = True
+    returned: Literal["best", "sample"] = "best"
+
+    def __post_init__(self) -> None:
+        if self.particles < 1:
+            raise ValueError(f"particles must be at least 1; got {self.particles}")
+        for name in ("temperature", "largest_shift"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be positive and finite; got {getattr(self, name)}")
+        if not 0 <= self.power < float("inf"):
+            raise ValueError(f"power must be finite and at least 0; got {self.power}")
+        if not 0 < self.threshold <= 1:
+            raise ValueError(f"threshold is a share of the particles, in (0, 1]; got {self.threshold}")
+        if self.resampling not in SCHEMES or self.returned not in ("best", "sample"):
+            raise ValueError(f"unknown resampling scheme or kind of return; got {self.resampling!r}, {self.returned!r}")
+        if self.transition.kind in ("ode", "scheduler"):
+            raise ValueError("particles need a stochastic transition (ddim, cps, flow_sde): copies would stay copies")
+
+    def sample(self, problem: Problem) -> SamplerOutput:
+        """Cost per image: K times an unguided sample, and at each level K value evaluations with a backward pass.
+
+        A budget lowers K.  At the deadline or on Ctrl-C the estimate of the heaviest particle is returned.
+        """
+        if problem.value is None:
+            raise ValueError(
+                "the sampler 'smc' follows the gradient of a value: pass a differentiable reward or value model"
+            )
+        problem.require_budget()
+        schedule, trace = problem.denoiser.schedule, new_trace(self, problem)
+        k = problem.affordable(self.particles, schedule.steps)
+        starts = [problem.initial(c) for c in range(k)]
+        group = Particles(problem, k, starts[0] if k == 1 else torch.cat(starts))
+        group.carried = {"twist": torch.zeros(problem.count, k, dtype=torch.float64)}
+        estimate: Tensor | None = None
+        try:
+            with interruptible(problem):
+                for level in range(schedule.steps):
+                    check_deadline(problem)
+                    prediction, values, gradient = value_and_gradient(
+                        problem, group.latents, level, group.rows, self.jacobian
+                    )
+                    estimate = prediction.x0
+                    scale = (level / schedule.steps) ** self.power / self.temperature
+                    scores = group.table(values)
+                    self._twist(group, scale * scores)
+                    moved = group.resample(level, self.resampling, self.threshold, trace)
+                    trace["levels"][-1]["scores"] = scores.tolist()
+                    if moved is not None:
+                        prediction, gradient = _reorder(prediction, moved), gradient[moved]
+                    gaussian = self.transition(prediction, schedule, level, level + 1)
+                    self._propose(problem, group, gaussian, scale * gradient, level)
+                    problem.report(level, estimate, scores)
+                rewards = problem.final_rewards(group.latents, group.rows)
+        except Interrupted:
+            if estimate is None:
+                raise
+            group.latents = estimate
+            return finished(problem, group.pick(group.log_weights.argmax(1)[:, None]), trace)
+        assert rewards is not None
+        table = group.table(rewards)
+        self._twist(group, table / self.temperature)
+        return conclude(group, table, self.returned, trace)
+
+    def _twist(self, group: Particles, phi: Tensor) -> None:
+        """Exchange the twist [B, K] of the level before for this one's."""
+        group.reweight(phi - group.carried["twist"])
+        group.carried["twist"] = phi
+
+    def _propose(self, problem: Problem, group: Particles, base: Gaussian, gradient: Tensor, level: int) -> None:
+        """Step by the shifted proposal, and weigh by the ratio of the base transition to it."""
+        slots = list(range(group.count))
+        if base.std == 0:
+            group.latents = problem.step(base, level, slots)
+            return
+        shift = base.std**2 * gradient
+        size = shift.flatten(1).double().square().mean(1).sqrt() / base.std
+        factor = (self.largest_shift / size.clamp(min=1e-30)).clamp(max=1.0).to(shift)
+        shift = shift * factor.view(-1, *[1] * (shift.ndim - 1))
+        proposal = Gaussian(base.mean + shift, base.std)
+        group.latents = problem.step(proposal, level, slots)
+        ratio = base.log_prob(group.latents.double()) - proposal.log_prob(group.latents.double())
+        group.reweight(group.table(ratio.double()))
+
+
+def _reorder(prediction: Prediction, index: Tensor) -> Prediction:
+    velocity = None if prediction.velocity is None else prediction.velocity[index]
+    return Prediction(prediction.x[index], prediction.x0[index], prediction.eps[index], velocity)

@@ -1,0 +1,96 @@
+"""Reward-gradient guidance on Gaussian mixtures: it climbs, its scale is its own, and zero strength is no guidance."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rsm_guidance.core.schedule import Prediction
+from rsm_guidance.core.transitions import Transition
+from rsm_guidance.samplers import RewardGradient, Unguided
+from tests.samplers.test_particles import ANCESTRAL, SHORT, ConstantValue, problem
+
+CPS = Transition("cps", 0.9)
+
+
+def mean_reward(sampler: Any, exact: bool = True, count: int = 200) -> float:
+    output = sampler.sample(problem("ring", SHORT, count, exact))
+    assert output.latents.isfinite().all() and output.rewards is not None
+    return float(output.rewards.mean())
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"push": "noise", "strength": 0.5},
+        {"transition": Transition("ode"), "strength": 0.3},
+        {"recurrence": 3},
+        {"jacobian": False},
+        {"window": (0.2, 0.9)},
+    ],
+)
+def test_it_climbs(options: dict[str, Any], exact: bool) -> None:
+    sampler = RewardGradient(**{"transition": ANCESTRAL, **options})
+    plain = mean_reward(Unguided(sampler.transition))
+    assert mean_reward(sampler, exact) > plain + 0.5
+
+
+def test_more_strength_climbs_higher_and_the_rewards_unit_does_not_matter() -> None:
+    scores = [mean_reward(RewardGradient(strength, transition=ANCESTRAL)) for strength in (0.0, 0.1, 0.4)]
+    assert scores[0] < scores[1] < scores[2]
+    task = problem("ring", SHORT, 5)
+    inner = task.value
+
+    class Scaled(ConstantValue):
+        def __call__(self, x: Tensor, level: int, rows: Tensor, prediction: Prediction | None = None) -> Tensor:
+            assert inner is not None
+            return 1e6 * inner(x, level, rows)
+
+    plain = RewardGradient(transition=ANCESTRAL).sample(problem("ring", SHORT, 5)).latents
+    task.value = Scaled()
+    assert torch.allclose(RewardGradient(transition=ANCESTRAL).sample(task).latents, plain, atol=1e-6)
+
+
+@pytest.mark.parametrize("transition", [CPS, ANCESTRAL, Transition("ode")])
+def test_no_strength_and_no_gradient_are_the_unguided_run(transition: Transition) -> None:
+    plain = Unguided(transition).sample(problem("ring", SHORT, 4)).latents
+    assert torch.equal(RewardGradient(0.0, transition=transition).sample(problem("ring", SHORT, 4)).latents, plain)
+    for push in ("mean", "noise"):
+        if transition.kind == "ode" and push == "noise":
+            continue
+        task = problem("ring", SHORT, 4)
+        task.value = ConstantValue()
+        guided = RewardGradient(0.5, push=push, transition=transition).sample(task)  # type: ignore[arg-type]
+        assert torch.equal(guided.latents, plain)
+        assert guided.ledger.backward_passes == 4 * (SHORT.steps - 2)
+
+
+def test_budget_interruption_and_bad_input() -> None:
+    whole = RewardGradient(transition=ANCESTRAL).sample(problem("ring", SHORT, 3)).ledger.evaluations / 3
+    output = RewardGradient(transition=ANCESTRAL).sample(problem("ring", SHORT, 3, evaluations=whole - 1))
+    assert output.ledger.stopped == "budget" and output.ledger.evaluations <= 3 * (whole - 1) + 1e-6
+
+    def interrupt(progress: Any) -> None:
+        if progress.level == 3:
+            raise KeyboardInterrupt
+
+    task = problem("ring", SHORT, 3)
+    task.progress = interrupt
+    output = RewardGradient().sample(task)
+    assert output.ledger.stopped == "interrupted" and output.latents.isfinite().all()
+    for options, words in (
+        ({"strength": -1.0}, "strength must be finite"),
+        ({"strength": 1.5, "push": "noise"}, "at most 1"),
+        ({"recurrence": 0}, "recurrence must be at least 1"),
+        ({"push": "noise", "transition": Transition("ode")}, "cannot be pushed"),
+        ({"window": (0.5, 0.2)}, "window must be"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            RewardGradient(**options)  # type: ignore[arg-type]
+    task = problem("ring", SHORT, 1)
+    task.value = None
+    with pytest.raises(ValueError, match="differentiable reward or value model"):
+        RewardGradient().sample(task)

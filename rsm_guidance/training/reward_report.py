@@ -11,6 +11,7 @@ from rsm_guidance.values.drm import DiffusionRewardModel
 
 SIGMAS = (0.05, 0.2, 0.4, 0.6, 0.75, 0.85, 0.92, 0.97)
 _GAP = 0.05
+_FEW_PAIRS = 20
 
 
 def pairs_won(scores: Tensor, targets: Tensor) -> tuple[float, int]:
@@ -71,17 +72,19 @@ def report_accuracy(drm: DiffusionRewardModel, groups: Groups, plot: Path) -> di
 
 
 def draw_accuracy(curves: dict[str, dict[float, tuple[float, int]]], path: Path) -> None:
-    """Accuracy against noise level with one standard error, pairs taken as independent."""
+    """Accuracy against noise level with one standard error, pairs taken as independent; levels of few pairs left out."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.add_subplot()
     for label, curve in curves.items():
-        sigma = np.array(list(curve))
-        accuracy = np.array([a for a, _ in curve.values()])
-        error = np.sqrt(accuracy * (1 - accuracy) / np.array([n for _, n in curve.values()]))
+        points = [(sigma, a, n) for sigma, (a, n) in curve.items() if n >= _FEW_PAIRS]
+        if not points:
+            continue
+        sigma, accuracy, count = np.array(points).T
+        error = np.sqrt(accuracy * (1 - accuracy) / count)
         axes.errorbar(sigma, accuracy, error, marker="o", capsize=3, label=label)
     axes.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
-    axes.set(xlabel="noise level sigma", ylabel="accuracy", ylim=(0.4, 1.0), title="Reward model on held-out captions")
+    axes.set(xlabel="noise level sigma", ylabel="accuracy", ylim=(0.35, 1.0), title="Reward model on held-out captions")
     axes.legend()
     figure.savefig(path, dpi=150)

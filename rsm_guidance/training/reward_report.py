@@ -51,7 +51,10 @@ def sibling_accuracy(drm: DiffusionRewardModel, groups: Groups) -> dict[float, t
 def validation_accuracy(drm: DiffusionRewardModel, groups: Groups) -> dict[str, float]:
     """Pair accuracy over three levels, sibling accuracy, and both over all their pairs together."""
     drm.eval()
-    pairs, siblings = [pair_accuracy(drm, groups, s) for s in (0.2, 0.6, 0.85)], [*sibling_accuracy(drm, groups).values()]
+    pairs, siblings = (
+        [pair_accuracy(drm, groups, s) for s in (0.2, 0.6, 0.85)],
+        [*sibling_accuracy(drm, groups).values()],
+    )
 
     def pooled(results: list[tuple[float, int]]) -> float:
         return sum(a * n for a, n in results) / max(1, sum(n for _, n in results))

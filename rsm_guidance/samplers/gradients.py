@@ -50,13 +50,13 @@ def value_and_gradient(
             return graph[0]
 
         checked = judged(judge, len(x), name_of(value))
-    [scores] = graph
-    if not scores.requires_grad:
+        total = graph[0].sum()
+    if not total.requires_grad:
         raise ValueError(
             f"{name_of(value)} is not differentiable: its scores carry no gradient; use a sampler without gradients "
             "(fk-steering, svdd, stepwise, best-of-n)"
         )
-    (gradient,) = torch.autograd.grad(scores.sum(), leaf)
+    (gradient,) = torch.autograd.grad(total, leaf)
     problem.ledger.backward_passes += len(x)
     if prediction is None:
         with torch.no_grad():

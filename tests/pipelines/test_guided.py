@@ -162,6 +162,7 @@ def test_ctrl_c_returns_the_best_so_far(
 
 def test_a_real_signal_in_the_middle(guided: DiffusionPipeline, drm: rg.DiffusionRewardModel) -> None:
     started = threading.Event()
+    held = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits it as ignored
     threading.Thread(
         target=lambda: (started.wait(), time.sleep(0.2), os.kill(os.getpid(), signal.SIGINT)), daemon=True
     ).start()
@@ -169,6 +170,7 @@ def test_a_real_signal_in_the_middle(guided: DiffusionPipeline, drm: rg.Diffusio
         **(CALL | {"num_inference_steps": 400}), seed=0, sampler=rg.StepwiseSampling(2, CPS), reward=drm,
         on_step=lambda e: started.set(),
     )  # fmt: skip
+    signal.signal(signal.SIGINT, held)
     assert out.ledger.stopped == "interrupted" and np.isfinite(out.images).all()
 
 
@@ -216,3 +218,18 @@ def test_unknown_families_and_arguments(guided: DiffusionPipeline) -> None:
         guided(promt="a star")
     with pytest.raises(ValueError, match="has no option 'candidats'"):
         rg.make_sampler("stepwise", candidats=3)
+
+
+@pytest.mark.parametrize("sampler", ["smc", "reward-gradient"])
+def test_gradients_of_the_reward_model_guide_through_the_pipeline(
+    guided: DiffusionPipeline, drm: rg.DiffusionRewardModel, sampler: str
+) -> None:
+    """The pipeline runs under no_grad; samplers that need a gradient switch it on where they do."""
+    prompts = ["a red star", "two blue squares", "a circle and a cross", "three green crosses"]
+    call = CALL | {"prompt": prompts, "seed": 0, "reward": drm, "num_inference_steps": 12, "guidance_scale": 3.0}
+    plain = guided(**call, sampler=rg.Unguided(rg.Transition("cps", 0.9)))
+    out = guided(**call, sampler=sampler)
+    assert np.isfinite(out.images).all() and out.ledger.backward_passes > 0
+    assert sum(out.rewards) > sum(plain.rewards)
+    with pytest.raises(ValueError, match="not differentiable"):
+        guided(**call | {"reward": "shapes-verifier"}, sampler=sampler)

@@ -65,7 +65,7 @@ class RewardTrainConfig:
     adaptation: Adaptation = "full"
     lora_rank: int = 16
     head_width: int = 64
-    steps: int = 2000
+    steps: int = 2200
     batch_groups: int = 12
     lr: float = 1.5e-3
     weight_decay: float = 0.05

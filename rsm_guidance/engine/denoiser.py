@@ -1,6 +1,5 @@
 """`PipelineDenoiser`: any supported diffusers pipeline as a `core.denoiser.Denoiser`."""
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,10 +8,10 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from rsm_guidance.core.ledger import Ledger
-from rsm_guidance.core.random import derive_seed
 from rsm_guidance.core.schedule import NoiseSchedule, Prediction
-from rsm_guidance.engine.families import denoisers_of, pick_rows, stock_call_of, traits_of, why_not
+from rsm_guidance.engine.families import denoisers_of, pick_rows, traits_of, why_not
 from rsm_guidance.engine.loop import Done, Pause, Start, Step, StockLoop
+from rsm_guidance.engine.replay import Draws, Encoder
 from rsm_guidance.engine.schedulers import Levels, read_levels, refusal
 
 _DECODED_AT_ONCE = 2**18  # latent elements: four latents of 1024x1024 pixels at a time
@@ -45,10 +44,8 @@ class PipelineDenoiser:
         self.pipe = pipe
         self.ledger = ledger or Ledger()
         self.prompts = prompts_of(call)
-        self._call = {
-            k: list(v) if isinstance(v, list) else v for k, v in call.items()
-        }  # some calls change their lists
-        self._draws = _Draws(call.get("generator"))
+        self._call = {k: [*v] if isinstance(v, list) else v for k, v in call.items()}  # some calls change their lists
+        self._draws = Draws(call.get("generator"))
         self._encoded: list[Any] = []
         self._levels: Levels | None = None
         self._initial: Tensor | None = None
@@ -207,7 +204,7 @@ class PipelineDenoiser:
         latents: Tensor | None = None,
         skip: int = 0,
     ) -> StockLoop:
-        return StockLoop(self.pipe, call, latents, skip, _Encoder(self._encoded, rows, len(self._base)))
+        return StockLoop(self.pipe, call, latents, skip, Encoder(self._encoded, rows, len(self._base)))
 
     def _restart(
         self,
@@ -281,16 +278,13 @@ class PipelineDenoiser:
     def _call_for(
         self, rows: tuple[int, ...], generators: list[torch.Generator] | torch.Generator | None
     ) -> dict[str, Any]:
-        """The call for other rows: one image for each, whose conditioning `_Encoder` supplies."""
+        """The call for other rows: one image for each, whose conditioning `Encoder` supplies."""
         count = len(self._base)
         call = {k: v for k, v in self._call.items() if k != "latents" and not k.startswith(_CONDITIONING)}
         call |= {"prompt": [self.prompts[r] for r in rows], "generator": generators}
-        negative, parameters = (
-            self._call.get("negative_prompt"),
-            inspect.signature(stock_call_of(type(self.pipe))).parameters,
-        )
+        negative = self._call.get("negative_prompt")
         given = negative is not None or self._call.get("negative_prompt_embeds") is not None
-        if given and "negative_prompt" in parameters:
+        if given and traits_of(self.pipe).negatives:
             texts = list(negative) if isinstance(negative, list) else [negative or ""]
             call["negative_prompt"] = [texts[r * len(texts) // count] for r in rows]
         if (copies := traits_of(self.pipe).copies) is not None:
@@ -309,55 +303,6 @@ class PipelineDenoiser:
             if image is not None and (several or traits.draws):
                 picked[name] = pick_rows(list(image) if several else [image], rows, len(self._base))
         return picked
-
-
-class _Draws:
-    """The random state that a call's generators had before it, so that a restart draws the same again.
-
-    With one generator for several rows that hold input images it is not the same: diffusers encodes a common image once,
-    a restart one for each row.  Pass a generator for each row, or a seed.
-    """
-
-    def __init__(self, generator: torch.Generator | list[torch.Generator] | None) -> None:
-        self._each = isinstance(generator, list)
-        given = generator if isinstance(generator, list) else [] if generator is None else [generator]
-        self._states = [(g.device, g.get_state(), g.initial_seed()) for g in given]
-
-    def again(self, rows: tuple[int, ...], base: tuple[int, ...]) -> list[torch.Generator] | torch.Generator | None:
-        """Generators for rows; one that served a whole batch cannot serve a part of it, so rows get seeds from it."""
-        if not self._states:
-            return None
-        if self._each:
-            return [self._copy(r) for r in rows]
-        if rows == base:
-            return self._copy(0)
-        device, _, seed = self._states[0]
-        return [torch.Generator(device).manual_seed(derive_seed(seed, r)) for r in rows]
-
-    def _copy(self, index: int) -> torch.Generator:
-        device, state, _ = self._states[index]
-        generator = torch.Generator(device)
-        generator.set_state(state)
-        return generator
-
-
-class _Encoder:
-    """Stands in for `encode_prompt` in one call: what the first call of a denoiser encoded serves all later ones.
-
-    Some pipelines encode twice in a call (prompts, then negative prompts), so results are kept by position.
-    """
-
-    def __init__(self, encoded: list[Any], rows: tuple[int, ...], count: int) -> None:
-        self._encoded, self._rows, self._count = encoded, rows, count
-        self._calls = 0
-
-    def __call__(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
-        index, self._calls = self._calls, self._calls + 1
-        if index < len(self._encoded):
-            return pick_rows(self._encoded[index], self._rows, self._count)
-        with torch.no_grad():
-            self._encoded.append(stock(*args, **kwargs))
-        return self._encoded[index]
 
 
 def prompts_of(call: Mapping[str, Any]) -> list[str]:

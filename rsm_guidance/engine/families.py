@@ -24,6 +24,7 @@ class Traits:
         blends: it changes the latents after `scheduler.step` (inpainting pastes the known region), so that a jump has
             to run the end of the step before.
         true_cfg: its `guidance_scale` is an input of the denoiser; classifier-free guidance is `true_cfg_scale`.
+        negatives: it takes negative prompts.
         copies: name of the argument for several samples per prompt, if any.
         images: names of the input images of which it takes one per prompt.
         draws: it encodes input images with random numbers, so that each row needs an image of its own.
@@ -32,6 +33,7 @@ class Traits:
     interrupts: bool
     blends: bool
     true_cfg: bool
+    negatives: bool
     copies: str | None
     images: tuple[str, ...]
     draws: bool
@@ -57,6 +59,7 @@ def _traits(cls: type[DiffusionPipeline]) -> Traits:
         interrupts="self.interrupt" in inspect.getsource(call),
         blends="Inpaint" in name,
         true_cfg="true_cfg_scale" in parameters,
+        negatives="negative_prompt" in parameters,
         copies=next((n for n in ("num_images_per_prompt", "num_videos_per_prompt") if n in parameters), None),
         images=tuple(n for n in _IMAGES if several and n in parameters),
         draws=draws,
@@ -88,7 +91,7 @@ def uses_guidance(pipe: DiffusionPipeline, call: dict[str, Any]) -> bool:
     if hasattr(type(pipe), "do_classifier_free_guidance"):
         return bool(pipe.do_classifier_free_guidance)
     # Without negative prompts the scale is an input of the denoiser.
-    return "negative_prompt" in parameters and (argument("guidance_scale") or 0) > 1
+    return traits_of(pipe).negatives and (argument("guidance_scale") or 0) > 1
 
 
 def denoisers_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:

@@ -60,6 +60,12 @@ class Levels:
         return to_prediction(x, output, alpha, sigma, self.kind)
 
 
+def _prediction_type(scheduler: SchedulerMixin) -> str:
+    if _is(scheduler, _FLOW):
+        return "flow_prediction"
+    return str(scheduler.config.get("prediction_type", "epsilon"))
+
+
 def refusal(scheduler: SchedulerMixin) -> str | None:
     """Why one-step transitions cannot follow this scheduler; None if they can."""
     for names, reason in _REFUSED.items():
@@ -67,9 +73,8 @@ def refusal(scheduler: SchedulerMixin) -> str | None:
             return reason
     if not _is(scheduler, (*_FLOW, *_CUMULATIVE, *_RATIO, *_EXPLODING)):
         return "its noise levels cannot be read"
-    kind = "flow_prediction" if _is(scheduler, _FLOW) else scheduler.config.get("prediction_type", "epsilon")
-    if kind not in _KINDS:
-        return f"its prediction type {kind!r} cannot be read"
+    if _prediction_type(scheduler) not in _KINDS:
+        return f"its prediction type {_prediction_type(scheduler)!r} cannot be read"
     if scheduler.config.get("invert_sigmas"):
         return "its noise levels rise"
     return None
@@ -109,5 +114,5 @@ def read_levels(scheduler: SchedulerMixin, state: dict[str, Any], steps: int) ->
             sigma = listed * alpha
     end = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
     parts = zip((alpha, sigma, timesteps), end, strict=True)
-    kind = "flow_prediction" if _is(scheduler, _FLOW) else scheduler.config.get("prediction_type", "epsilon")
+    kind = _prediction_type(scheduler)
     return Levels(NoiseSchedule(*(torch.cat([values, last[None]]) for values, last in parts)), _KINDS[kind])

@@ -45,7 +45,7 @@ class SamplersBenchmark:
         reward: the judge that guides.
         seed: names all random numbers.
         batch_size: captions per batch.
-        autocast: run in bfloat16 autocast, which halves the time on CPUs; figures are reported as such.
+        autocast: run in bfloat16 autocast, which is faster on CPUs; figures are reported as such.
     """
 
     out: Path = Path("benchmarks/samplers.json")

@@ -115,6 +115,13 @@ class Problem:
                 f"and the final score take {needed:g}; raise the budget or take fewer steps"
             )
 
+    def affords(self, evaluations: float, reward_calls: int) -> bool:
+        """Whether the budget reaches for this much more, over all images, and their final decode; notes it if not."""
+        if self.ledger.affords(evaluations, reward_calls, reward_calls + self.count):
+            return True
+        self.ledger.stop("budget")
+        return False
+
     def affordable(self, count: int, scores: int) -> int:
         """How many whole trajectories, of at most `count`, the budget reaches for, each with `scores` value calls."""
         denoiser, value, budget = self.denoiser, self.value, self.ledger.budget

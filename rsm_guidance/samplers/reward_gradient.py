@@ -91,13 +91,11 @@ class RewardGradient:
                     repeats = self.recurrence if self._guides(schedule, level) else 1
                     for repeat in range(repeats):
                         check_deadline(problem)
-                        state, scores = x, None
+                        scores = None
                         if self._guides(schedule, level) and self._affordable(problem, level):
-                            prediction, scores, gradient = value_and_gradient(
-                                problem, state, level, rows, self.jacobian
-                            )
+                            prediction, scores, gradient = value_and_gradient(problem, x, level, rows, self.jacobian)
                         else:
-                            prediction, gradient = problem.denoiser.predict(state, level, rows), torch.zeros_like(state)
+                            prediction, gradient = problem.denoiser.predict(x, level, rows), torch.zeros_like(x)
                         estimate = prediction.x0
                         gaussian = self.transition(prediction, schedule, level, level + 1)
                         x = self._push(problem, gaussian, gradient, level, repeat)
@@ -126,11 +124,7 @@ class RewardGradient:
         extra = 0.0 if value.reads_prediction else value.evaluations_per_row
         rest = (denoiser.steps - level) * denoiser.evaluations_per_row + problem.final_cost + extra
         calls = value.reward_calls_per_row + problem.final_calls
-        b = problem.count
-        if problem.ledger.affords(rest * b, calls * b, (calls + 1) * b):
-            return True
-        problem.ledger.stop("budget")
-        return False
+        return problem.affords(rest * problem.count, calls * problem.count)
 
     def _push(self, problem: Problem, gaussian: Gaussian, gradient: Tensor, level: int, repeat: int) -> Tensor:
         schedule = problem.denoiser.schedule

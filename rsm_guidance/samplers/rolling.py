@@ -112,7 +112,4 @@ class RollingSelection:
         rest = (denoiser.steps - level) * denoiser.evaluations_per_row + problem.final_cost
         evaluations = problem.count * rest + rows * value.evaluations_per_row
         calls = problem.count * problem.final_calls + rows * value.reward_calls_per_row
-        if problem.ledger.affords(evaluations, calls, calls + problem.count):
-            return True
-        problem.ledger.stop("budget")
-        return False
+        return problem.affords(evaluations, calls)

@@ -5,7 +5,7 @@ level, and the best continues:  x_{i+1} = argmax_k R(x_{i+1}^k, c).  All childre
 evaluation, so a level costs one denoiser evaluation (two with CFG) and K value evaluations.
 
 The paper leaves open which levels, which transition and whether initial noises compete; the options below are ours, and
-their defaults are the best of a small scan on training captions of the shapes world.  Greedy: it maximises, and does
+their defaults are the best of a small scan on training captions of an earlier shapes model.  Greedy: it maximises, and does
 not sample the tilted posterior.
 """
 
@@ -137,11 +137,7 @@ class StepwiseSampling:
         rest = (denoiser.schedule.steps - level) * denoiser.evaluations_per_row + problem.final_cost
         calls = runs * (count * value.reward_calls_per_row + problem.final_calls)
         evaluations = runs * (rest + count * value.evaluations_per_row)
-        b = problem.count
-        if problem.ledger.affords(evaluations * b, calls * b, (calls + 1) * b):
-            return True
-        problem.ledger.stop("budget")
-        return False
+        return problem.affords(evaluations * problem.count, calls * problem.count)
 
     def _start(self, problem: Problem, runs: list[int], rows: Tensor, trace: dict[str, Any]) -> Tensor:
         """Initial latents of every trajectory, the best of those that compete for it."""

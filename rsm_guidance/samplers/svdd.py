@@ -111,9 +111,9 @@ class SVDD:
         return grouped[chosen, problem.rows], scores[problem.rows, chosen] if clean else None
 
     def _affordable(self, problem: Problem, start: int, stop: int) -> bool:
-        """Whether K continuations of this block leave enough to finish the run."""
+        """Whether there is something to choose in this block, and K continuations leave enough to finish the run."""
         denoiser, value = problem.denoiser, problem.value
-        if self.candidates == 1:
+        if self.candidates == 1 or start == denoiser.steps - 1:  # the last step alone adds no noise
             return False
         clean = stop == denoiser.steps
         share, calls = (
@@ -127,8 +127,4 @@ class SVDD:
             run * denoiser.evaluations_per_row + self.candidates * share + (0 if clean else problem.final_cost)
         )
         reward_calls = self.candidates * calls + (0 if clean else problem.final_calls)
-        b = problem.count
-        if problem.ledger.affords(evaluations * b, reward_calls * b, (reward_calls + 1) * b):
-            return True
-        problem.ledger.stop("budget")
-        return False
+        return problem.affords(evaluations * problem.count, reward_calls * problem.count)

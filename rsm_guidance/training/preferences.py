@@ -41,7 +41,7 @@ class GroupConfig:
         guidance_scale: classifier-free guidance.
         transition: stochastic transition, the one that will be used in sampling.
         batch_size: prompts per batch; all prompts of a batch branch at one level.
-        autocast: run the generator in bfloat16 autocast, which takes half the time on a CPU.
+        autocast: run the generator in bfloat16 autocast, which is faster on a CPU.
     """
 
     siblings: int = 4

@@ -2,7 +2,7 @@
 
 Rectified flow (Esser et al. 2024, arXiv 2403.03206): x_t = (1-t) x0 + t eps, target eps - x0, logit-normal t.  Beside
 it, tokens of a middle block predict the object they belong to (`training.objects`).  At the noisy levels only the
-caption tells, so this is what teaches the model to read relations and counts.
+caption tells, so there it asks the model to read relations and counts.
 """
 
 import json

@@ -9,14 +9,20 @@ With (alpha, sigma) at level i and (alpha', sigma') at level j:
 - `flow_sde`: the Euler-Maruyama step of the flow SDE with diffusion a sqrt(sigma / (1 - sigma)) (Flow-GRPO,
   arXiv 2505.05470).  At sigma = 1 its denominator uses the next sigma, as published.
 
+- `glass`: an exact draw from ancestral sampling's p(x_j | x_i) by an inner ODE over the levels between i and j, GLASS Flows
+  (arXiv 2509.25170).  With X0 ~ p(x0 | x_i) as its data and pi = (alpha / sigma)^2 the precision with which a level
+  shows X0, the inner flow adds an observation w of precision q = pi_l - pi_i; x_i and w together are one observation at
+  level l, so the same denoiser answers.  With no level between it is `ddim` at eta = 1.
+
 `ode`, `ddim` and `cps` keep the marginals of the forward process for the true x0 and eps.  With a denoiser's posterior
-means `ode`, `ddim` and `flow_sde` converge to them as steps grow; `cps`, whose noise does not shrink with the step, keeps
+means `ode`, `ddim`, `glass` and `flow_sde` converge to them as steps grow (`glass` as fast as `ode`); `cps`, whose noise does not shrink with the step, keeps
 a bias (variance error 0.05 of 0.3 at eta = 0.5 with 512 steps of an exact denoiser).
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -102,7 +108,46 @@ def flow_sde(prediction: Prediction, schedule: NoiseSchedule, level: int, target
     return _cast(p.x.float() - dt * drift, p.x, std)
 
 
-TransitionKind = Literal["scheduler", "ode", "ddim", "cps", "flow_sde"]
+def glass(
+    predict: Callable[[Tensor, int], Prediction],
+    prediction: Prediction,
+    schedule: NoiseSchedule,
+    level: int,
+    target: int,
+    noise: Tensor,
+) -> Tensor:
+    """A draw from p(x_target | x_level) by an inner ODE; see the module's docstring.
+
+    Args:
+        predict: the denoiser at latents [B, ...] and a level between `level` and `target`.
+        prediction: that of the latents at `level`.
+        schedule: the levels.
+        level: where the transition starts.
+        target: where it ends, target - level denoiser evaluations later.
+        noise: standard normal [B, ...].
+    """
+
+    def precision(at: int) -> float:
+        alpha, sigma = schedule.coefficients(at)
+        return math.inf if sigma == 0 else (alpha / sigma) ** 2
+
+    alpha, sigma = schedule.coefficients(level)
+    known = alpha / sigma**2 * prediction.x.float()  # pi_i times the observation of X0 that x_i is
+    eps, p, x = noise.to(known), prediction, prediction.x
+    for at in range(level + 1, target + 1):
+        end = precision(at)
+        if math.isinf(end):
+            return p.x0
+        gained = end - precision(level)
+        shown = p.x0.float() + eps / math.sqrt(gained)
+        x = (schedule.coefficients(at)[0] * (known + gained * shown) / end).to(prediction.x)
+        if at < target:
+            p = predict(x, at)
+            eps = (shown - p.x0.float()) * math.sqrt(gained)
+    return x
+
+
+TransitionKind = Literal["scheduler", "ode", "ddim", "cps", "flow_sde", "glass"]
 
 
 @dataclass(frozen=True)
@@ -110,20 +155,35 @@ class Transition:
     """A transition and its noise level, as a sampler is configured with it.
 
     Attributes:
-        kind: "ode", "ddim", "cps", "flow_sde", or "scheduler" for the pipeline's own solver, which may be any, but can
-            only be followed from start to end (samplers `none` and `best-of-n`).
+        kind: "ode", "ddim", "cps", "flow_sde"; "glass" for samplers that move whole trajectories; or "scheduler" for the
+            pipeline's own solver, which may be any, but can only be followed from start to end (samplers `none` and
+            `best-of-n`).
         noise: eta in [0, 1] for ddim and cps, a >= 0 for flow_sde; ignored by the others.
+        inner: levels that one transition of "glass" takes, each a step of its inner ODE; 1 for all other kinds.
     """
 
     kind: TransitionKind = "ode"
     noise: float = 1.0
+    inner: int = 1
 
     def __post_init__(self) -> None:
-        if self.kind not in ("scheduler", "ode", "ddim", "cps", "flow_sde"):
-            raise ValueError(f"unknown transition {self.kind!r}; choose scheduler, ode, ddim, cps or flow_sde")
+        if self.kind not in get_args(TransitionKind):
+            raise ValueError(f"unknown transition {self.kind!r}; choose one of {', '.join(get_args(TransitionKind))}")
+        if self.inner < 1 or (self.inner > 1 and self.kind != "glass"):
+            raise ValueError(f"inner is a number of levels for glass, 1 for all other kinds; got {self.inner}")
         top = 1.0 if self.kind in ("ddim", "cps") else math.inf
         if not 0 <= self.noise <= top:
             raise ValueError(f"{self.kind} takes a noise level in [0, {top}]; got {self.noise}")
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether two draws from one state differ; the pipeline's own solver does not count."""
+        return self.kind not in ("scheduler", "ode")
+
+    def jumps(self, schedule: NoiseSchedule) -> list[tuple[int, int]]:
+        """The levels (from, to) of one run: every level, or every `inner`-th."""
+        stops = [*range(0, schedule.steps, self.inner), schedule.steps]
+        return list(zip(stops[:-1], stops[1:], strict=True))
 
     def __call__(self, prediction: Prediction, schedule: NoiseSchedule, level: int, target: int) -> Gaussian:
         """N(mean, std^2) over the latents at `target`, which must be cleaner than `level`."""
@@ -133,6 +193,11 @@ class Transition:
             raise ValueError(
                 "the transition 'scheduler' cannot step between single levels, only whole runs of 'none' and 'best-of-n' "
                 "can follow it; choose ode, ddim, cps or flow_sde"
+            )
+        if self.kind == "glass":
+            raise ValueError(
+                "the transition 'glass' is no single Gaussian, so children cannot share their parent's evaluation; use it "
+                "with none, best-of-n, fk-steering, funnel or tree samplers, or choose ddim, cps or flow_sde"
             )
         if self.kind == "ode":
             return ode(prediction, schedule, level, target)

@@ -12,7 +12,8 @@ from torch import Tensor
 from rsm_guidance.core.denoiser import Denoiser, Reward, Value
 from rsm_guidance.core.ledger import Ledger
 from rsm_guidance.core.random import RandomStreams
-from rsm_guidance.core.transitions import Gaussian
+from rsm_guidance.core.schedule import Prediction
+from rsm_guidance.core.transitions import Gaussian, Transition, glass
 from rsm_guidance.rewards import judged, name_of
 
 
@@ -151,6 +152,21 @@ class Problem:
         names = [("step", c, level, child) for c in candidates]
         noise = torch.stack([self.streams.normal(r, shape, *n) for n in names for r in range(self.count)])
         return gaussian.sample(noise)
+
+    def advance(
+        self, x: Tensor, rows: Tensor, jump: tuple[int, int], transition: Transition, candidates: list[int], child: int = 0
+    ) -> tuple[Prediction, Tensor]:
+        """The prediction at latents [len(candidates) * B, ...], candidate-major, and a step by a transition from it."""
+        level, target = jump
+        denoiser, schedule = self.denoiser, self.denoiser.schedule
+        prediction = denoiser.predict(x, level, rows)
+        if transition.kind != "glass":
+            return prediction, self.step(transition(prediction, schedule, level, target), level, candidates, child)
+        # The mean of a unit Gaussian at zero is the noise itself, under the same names as everywhere.
+        noise = self.step(Gaussian(torch.zeros_like(x), 1.0), level, candidates, child)
+        return prediction, glass(
+            lambda y, at: denoiser.predict(y, at, rows), prediction, schedule, level, target, noise
+        )
 
     def initial(self, candidate: int) -> Tensor:
         """Starting latents [B, ...]; candidate 0 is where the stock pipeline starts."""

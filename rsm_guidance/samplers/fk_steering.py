@@ -11,6 +11,9 @@ weighted particles target p(x0) exp(r(x0) / lambda) / Z exactly as K grows, what
 the variance.  gamma_t in [0, 1] tempers the early, unreliable values; `adaptive` raises it per prompt as far as the
 effective sample size allows (bisection), which biases Z by its dependence on the particles, at order 1/K.
 
+Systematic resampling by these masses at every level (threshold 1) is VASR (arXiv 2604.06779): its mass w_t exp(r_t), with
+weights carried relative to it, is the `difference` potential in other words.
+
 Unlike the published code, weights are carried when no resampling is due, are never clamped, and count at the last step.
 """
 
@@ -21,6 +24,7 @@ import torch
 from torch import Tensor
 
 from rsm_guidance.core.resampling import SCHEMES, Scheme
+from rsm_guidance.core.schedule import NoiseSchedule
 from rsm_guidance.core.transitions import Transition
 from rsm_guidance.core.weights import effective_sample_size
 from rsm_guidance.samplers.base import (
@@ -87,8 +91,8 @@ class FKSteering:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
-        if self.transition.kind in ("ode", "scheduler") and self.particles > 1:
-            raise ValueError("particles need a stochastic transition (ddim, cps, flow_sde): copies would stay copies")
+        if not self.transition.stochastic and self.particles > 1:
+            raise ValueError("particles need a stochastic transition (ddim, cps, flow_sde, glass): copies would stay copies")
 
     def sample(self, problem: Problem) -> SamplerOutput:
         """Cost per image: K times an unguided sample, and K value evaluations at each weighed level.
@@ -99,7 +103,7 @@ class FKSteering:
             problem.require_judge(self.name)
         problem.require_budget()
         schedule = problem.denoiser.schedule
-        levels = [i for i in range(1, schedule.steps) if self._weighs(problem, i)]
+        levels = self._weighed(schedule)
         trace = new_trace(self, problem)
         k = problem.affordable(self.particles, len(levels))
         starts = [problem.initial(c) for c in range(k)]
@@ -111,17 +115,18 @@ class FKSteering:
         estimate: Tensor | None = None
         try:
             with interruptible(problem):
-                for level in range(schedule.steps):
+                for level, target in self.transition.jumps(schedule):
                     check_deadline(problem)
-                    prediction = problem.denoiser.predict(group.latents, level, group.rows)
+                    prediction, group.latents = problem.advance(
+                        group.latents, group.rows, (level, target), self.transition, slots
+                    )
                     estimate = prediction.x0
-                    group.latents = problem.step(self.transition(prediction, schedule, level, level + 1), level, slots)
                     scores = None
-                    if level + 1 in levels and k > 1:
-                        scores = group.table(problem.values(group.latents, level + 1, group.rows))
-                        gamma = self._temper(group, scores, gamma, (level + 1) / schedule.steps)
+                    if target in levels and k > 1:
+                        scores = group.table(problem.values(group.latents, target, group.rows))
+                        gamma = self._temper(group, scores, gamma, target / schedule.steps)
                         self._weigh(group, gamma[:, None] * scores / self.temperature)
-                        group.resample(level + 1, self.resampling, self.threshold, trace)
+                        group.resample(target, self.resampling, self.threshold, trace)
                         trace["levels"][-1]["scores"] = scores.tolist()
                     problem.report(level, estimate, scores)
                 rewards = problem.final_rewards(group.latents, group.rows)
@@ -137,11 +142,11 @@ class FKSteering:
         group.reweight(table / self.temperature - group.carried["potentials"])
         return conclude(group, table, self.returned, trace)
 
-    def _weighs(self, problem: Problem, level: int) -> bool:
-        schedule = problem.denoiser.schedule
+    def _weighed(self, schedule: NoiseSchedule) -> list[int]:
+        """The levels at which particles are weighed: every `interval`-th stop before the end, inside the window."""
         low, high = self.window
-        inside = low <= float(schedule.sigma[level] / schedule.sigma[0]) <= high
-        return inside and (schedule.steps - level) % self.interval == 0
+        stops = [level for level, _ in self.transition.jumps(schedule)[:0:-1]][self.interval - 1 :: self.interval]
+        return [i for i in stops if low <= float(schedule.sigma[i] / schedule.sigma[0]) <= high]
 
     def _temper(self, group: Particles, scores: Tensor, gamma: Tensor, progress: float) -> Tensor:
         """gamma [B] of this level."""

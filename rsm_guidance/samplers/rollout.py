@@ -54,9 +54,8 @@ class Rollout:
         problem, schedule = self.problem, self.problem.denoiser.schedule
         starts = [problem.initial(c) for c in self.candidates]
         x = starts[0] if len(starts) == 1 else torch.cat(starts)
-        for level in range(schedule.steps):
-            prediction = problem.denoiser.predict(x, level, self.rows)
-            x = problem.step(self.transition(prediction, schedule, level, level + 1), level, self.candidates)
+        for jump in self.transition.jumps(schedule):
+            prediction, x = problem.advance(x, self.rows, jump, self.transition, self.candidates)
             yield prediction, x
 
     def _own_steps(self) -> Iterator[tuple[Prediction | None, Tensor]]:

@@ -71,7 +71,7 @@ class TwistedSMC:
             raise ValueError(f"threshold is a share of the particles, in (0, 1]; got {self.threshold}")
         if self.resampling not in SCHEMES or self.returned not in ("best", "sample"):
             raise ValueError(f"unknown resampling scheme or kind of return; got {self.resampling!r}, {self.returned!r}")
-        if self.transition.kind in ("ode", "scheduler"):
+        if not self.transition.stochastic:
             raise ValueError("particles need a stochastic transition (ddim, cps, flow_sde): copies would stay copies")
 
     def sample(self, problem: Problem) -> SamplerOutput:

@@ -18,6 +18,8 @@ class Denoiser(Protocol):
     """
 
     prompts: list[str]
+    checkpointing: bool
+    """Recompute activations on the way back instead of keeping them, where the model can."""
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -39,9 +41,15 @@ class Denoiser(Protocol):
         ...
 
     def follow(
-        self, rows: Tensor | None = None, generators: Sequence[torch.Generator] | None = None
+        self,
+        rows: Tensor | None = None,
+        generators: Sequence[torch.Generator] | None = None,
+        start: Tensor | None = None,
     ) -> Iterator[tuple[Prediction | None, Tensor]]:
         """An unguided run with the model's own solver, from its own start or, with generators [R], from others.
+
+        With latents `start` [R, ...] at level 0 the run starts there; what the solver draws on its way is then that of
+        its own run, or comes from the generators.
 
         Yields N times the prediction (None where the solver does not tell) and the next latents [R, ...].
         """

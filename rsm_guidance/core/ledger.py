@@ -1,7 +1,8 @@
 """The compute ledger: what a sampling run has spent, and what it may spend.
 
 The unit of account is the *denoiser evaluation*: one forward pass of the whole denoiser on one latent (a
-classifier-free-guided step counts two).  A value model that runs a share f of the denoiser costs f.
+classifier-free-guided step counts two).  A value model that runs a share f of the denoiser costs f, and a backward pass
+twice what it differentiates.
 """
 
 import resource
@@ -11,12 +12,16 @@ from dataclasses import asdict, dataclass, field, fields
 import torch
 
 
+BACKWARD = 2.0  # cost of a backward pass, in forward passes of the same network: the usual count of operations
+
+
 @dataclass(frozen=True)
 class Budget:
     """Hard caps; None means no cap.  Counts are per image asked for, `seconds` is for the whole call.
 
     Attributes:
-        evaluations: denoiser evaluations, those of value models included by their share.
+        evaluations: denoiser evaluations, with value models by their share and backward passes at twice what they
+            differentiate.
         reward_calls: images judged by the final reward.
         decodes: latents decoded to images.
         seconds: wall-clock deadline.
@@ -46,6 +51,7 @@ class Ledger:
     reward_calls: int = 0
     decodes: int = 0
     backward_passes: int = 0
+    backward_cost: float = 0.0
     peak_memory_bytes: int = 0
     stopped: str | None = None
     _started: float = field(default_factory=time.perf_counter, repr=False)
@@ -53,8 +59,8 @@ class Ledger:
 
     @property
     def evaluations(self) -> float:
-        """Denoiser evaluations, those of value models included by their share."""
-        return self.denoiser_evaluations + self.value_cost
+        """Denoiser evaluations, with value models by their share and backward passes at twice what they differentiate."""
+        return self.denoiser_evaluations + self.value_cost + self.backward_cost
 
     @property
     def seconds(self) -> float:
@@ -64,6 +70,11 @@ class Ledger:
         """Book `rows` value-model calls that each run a `share` of the denoiser."""
         self.value_evaluations += rows
         self.value_cost += rows * share
+
+    def charge_backward(self, rows: int, evaluations: float) -> None:
+        """Book the backward passes of `rows` latents, each through so many denoiser evaluations."""
+        self.backward_passes += rows
+        self.backward_cost += rows * BACKWARD * evaluations
 
     def affords(self, evaluations: float = 0.0, reward_calls: int = 0, decodes: int = 0) -> bool:
         """Whether this much more, summed over all images, stays within every cap on counts (not the deadline)."""

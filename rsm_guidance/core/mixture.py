@@ -253,12 +253,14 @@ class GaussianMixtureDenoiser:
         schedule: any schedule.
         prompts: one per row; they name the random streams and nothing else.
         seed: of the initial latents.
+        checkpointing: ignored, there is nothing to keep.
     """
 
     mixture: GaussianMixture
     schedule: NoiseSchedule
     prompts: list[str]
     seed: int = 0
+    checkpointing: bool = False
 
     @property
     def evaluations_per_row(self) -> float:
@@ -304,10 +306,13 @@ class GaussianMixtureDenoiser:
         return Prediction(x, x0.to(x), eps.to(x), velocity)
 
     def follow(
-        self, rows: Tensor | None = None, generators: Sequence[torch.Generator] | None = None
+        self,
+        rows: Tensor | None = None,
+        generators: Sequence[torch.Generator] | None = None,
+        start: Tensor | None = None,
     ) -> Iterator[tuple[Prediction | None, Tensor]]:
         """The probability-flow ODE, by Euler steps."""
-        x = self.initial(generators)
+        x = self.initial(generators) if start is None else start
         for level in range(self.steps):
             prediction = self.predict(x, level)
             x = ode(prediction, self.schedule, level, level + 1).mean

@@ -1,6 +1,8 @@
 """`PipelineDenoiser`: any supported diffusers pipeline as a `core.denoiser.Denoiser`."""
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from rsm_guidance.core.ledger import Ledger
 from rsm_guidance.core.schedule import NoiseSchedule, Prediction
 from rsm_guidance.engine.families import denoisers_of, pick_rows, traits_of, why_not
 from rsm_guidance.engine.loop import Done, Pause, Start, Step, StockLoop
+from rsm_guidance.engine.memory import MicroBatch
 from rsm_guidance.engine.replay import Draws, Encoder
 from rsm_guidance.engine.schedulers import Levels, read_levels, refusal
 
@@ -32,6 +35,12 @@ class PipelineDenoiser:
         call: keyword arguments of the pipeline's stock `__call__`.
         ledger: where denoiser evaluations and decodes are booked; a fresh one by default.
 
+    Attributes:
+        checkpointing: under gradient, denoiser and decoder recompute their activations on the way back instead of keeping
+            them, where diffusers supports it.
+
+    Latents go through in micro-batches that shrink when memory runs out.
+
     Raises:
         ValueError: if the pipeline cannot be driven, saying why.
     """
@@ -43,6 +52,8 @@ class PipelineDenoiser:
                 raise ValueError(f"{argument} cannot be guided: {reason}; call the pipeline with sampler=None")
         self.pipe = pipe
         self.ledger = ledger or Ledger()
+        self.checkpointing = False
+        self._fitting, self._decoding = MicroBatch(sys.maxsize), MicroBatch(sys.maxsize)
         self.prompts = prompts_of(call)
         self._call = {k: [*v] if isinstance(v, list) else v for k, v in call.items()}  # some calls change their lists
         self._draws = Draws(call.get("generator"))
@@ -110,21 +121,30 @@ class PipelineDenoiser:
         wanted = self._base if rows is None else tuple(rows.tolist())
         if len(wanted) != len(x):
             raise ValueError(f"{len(x)} latents were given for {len(wanted)} rows; they must be as many")
-        step = self._step_at(x, level, wanted)
-        return levels.read(step.sample, step.model_output, level)
+        with self._recomputing():
+            steps = self._fitting(lambda piece: self._step_at(_part(x, piece), level, wanted[piece]), len(x))
+        read = [levels.read(s.sample, s.model_output, level) for s in steps]
+        return read[0] if len(read) == 1 else _joined(x, read)
 
     def follow(
-        self, rows: Tensor | None = None, generators: Sequence[torch.Generator] | None = None
+        self,
+        rows: Tensor | None = None,
+        generators: Sequence[torch.Generator] | None = None,
+        start: Tensor | None = None,
     ) -> Iterator[tuple[Prediction | None, Tensor]]:
         """Run the call with the scheduler's own steps; see `core.denoiser.Denoiser`.
 
-        Without generators this is the stock call, bit for bit.
+        Without generators and start this is the stock call, bit for bit.
         """
         self.initial()
         readable = refusal(self.pipe.scheduler) is None
         wanted = self._base if rows is None else tuple(rows.tolist())
+        if start is not None and len(start) != len(wanted):
+            raise ValueError(f"{len(start)} starting latents were given for {len(wanted)} rows; they must be as many")
         if generators is not None:
-            self._restart(self._call_for(wanted, list(generators)), wanted)
+            self._restart(self._call_for(wanted, list(generators)), wanted, start)
+        elif start is not None:
+            self._restart(self._call_for(wanted, self._draws.again(wanted, self._base)), wanted, start)
         elif self._loop is None or self._level or self._step is not None or self._rows != self._base:
             self._restart(
                 self._call_for(self._base, self._draws.again(self._base, self._base)), self._base, self._initial
@@ -145,9 +165,14 @@ class PipelineDenoiser:
         """
         self.ledger.decodes += len(x0)
         wanted = self._base if rows is None else tuple(rows.tolist())
-        size = max(1, _DECODED_AT_ONCE // x0[0].numel())
-        pieces = [slice(start, start + size) for start in range(0, len(x0), size)]
-        return torch.cat([self._zero_step(x0[p], "pt", wanted[p])[0] for p in pieces]).float()
+
+        def decoded(piece: slice) -> Tensor:
+            images: Tensor = self._zero_step(x0[piece], "pt", wanted[piece])[0]
+            return images
+
+        self._decoding.size = min(self._decoding.size, max(1, _DECODED_AT_ONCE // x0[0].numel()))
+        with self._recomputing():
+            return torch.cat(self._decoding(decoded, len(x0))).float()
 
     # --- what pipelines need besides ---
 
@@ -170,6 +195,20 @@ class PipelineDenoiser:
             return None
         patch = 2 * self.pipe.vae_scale_factor
         return self._size[0] // patch, self._size[1] // patch
+
+    @contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        """Gradient checkpointing of denoiser and decoder, where it is asked for and there is a gradient."""
+        modules = [*denoisers_of(self.pipe).values(), getattr(self.pipe, "vae", None)]
+        able = [m for m in modules if getattr(m, "_supports_gradient_checkpointing", False)]
+        chosen = [m for m in able if self.checkpointing and torch.is_grad_enabled() and not m.is_gradient_checkpointing]
+        for module in chosen:
+            module.enable_gradient_checkpointing()
+        try:
+            yield
+        finally:
+            for module in chosen:
+                module.disable_gradient_checkpointing()
 
     def close(self) -> None:
         """Abandon the paused call, if there is one."""
@@ -303,6 +342,22 @@ class PipelineDenoiser:
             if image is not None and (several or traits.draws):
                 picked[name] = pick_rows(list(image) if several else [image], rows, len(self._base))
         return picked
+
+
+def _part(x: Tensor, piece: slice) -> Tensor:
+    """Some rows of x; x itself where these are all, by which the loop knows the latents it handed out."""
+    return x if piece == slice(0, len(x)) else x[piece]
+
+
+def _joined(x: Tensor, predictions: list[Prediction]) -> Prediction:
+    """One prediction for x from those of its pieces."""
+    velocities = [p.velocity for p in predictions if p.velocity is not None]
+    return Prediction(
+        x,
+        torch.cat([p.x0 for p in predictions]),
+        torch.cat([p.eps for p in predictions]),
+        torch.cat(velocities) if velocities else None,
+    )
 
 
 def prompts_of(call: Mapping[str, Any]) -> list[str]:

@@ -3,8 +3,9 @@
 import functools
 import inspect
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,17 @@ from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.engine import PipelineDenoiser
 from rsm_guidance.engine.denoiser import prompts_of
 from rsm_guidance.samplers import Interrupted, Problem, Progress, Sampler, SamplerOutput, make_sampler
-from rsm_guidance.values import DiffusionRewardModel, DRMValue, Judge, TweedieValue, load_judge
+from rsm_guidance.values import (
+    DiffusionRewardModel,
+    DRMValue,
+    EstimatedValue,
+    Estimator,
+    Judge,
+    Lookahead,
+    adapter_on,
+    load_judge,
+    load_value,
+)
 
 
 @dataclass
@@ -42,7 +53,7 @@ class GuidedPipelineOutput(BaseOutput):
 _OURS = (
     inspect.Parameter("sampler", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Sampler | str | None),
     inspect.Parameter("reward", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Judge | str | None),
-    inspect.Parameter("value", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Judge | str | None),
+    inspect.Parameter("value", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Judge | Estimator | str | None),
     inspect.Parameter("budget", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Budget | float | None),
     inspect.Parameter("seed", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=int | None),
     inspect.Parameter(
@@ -55,8 +66,9 @@ _ARGUMENTS = """
             sampler (`Sampler` or `str`, *optional*): how to sample; None is the stock pipeline, unchanged.
             reward (function, `DiffusionRewardModel` or `str`, *optional*): what to maximise. A diffusion reward model
                 also scores the noisy latents.
-            value (`DiffusionRewardModel`, function or `str`, *optional*): judge of noisy latents, where it is not the
-                reward. A function is applied to the decoded estimate of the clean image.
+            value (`DiffusionRewardModel`, `Tweedie`, `Smoothed`, `Lookahead`, function or `str`, *optional*): judge of
+                noisy latents, where it is not the reward. An estimator says how the reward, a function, sees the clean
+                image in noisy latents (default: `Tweedie`).
             budget (`Budget` or `float`, *optional*): hard cap; a number caps denoiser evaluations per image.
             seed (`int`, *optional*): names all random numbers; the same seed gives the same image for a prompt,
                 whatever the batch (image-conditioned stock calls without a sampler excepted). Instead of `generator`.
@@ -133,7 +145,7 @@ def _call(
     call: dict[str, Any],
     sampler: Sampler | str | None,
     reward: Judge | str | None,
-    value: Judge | str | None,
+    value: Judge | Estimator | str | None,
     budget: Budget | float | None,
     on_step: Callable[[Progress], None] | None,
     seed: int | None = None,
@@ -161,12 +173,18 @@ def _call(
         return stock_call(pipe, **call)
     sampler = make_sampler(sampler) if isinstance(sampler, str) else sampler
     judge = None if reward is None else load_judge(reward)
-    scorer = None if value is None else load_judge(value)
+    scorer = None if value is None else load_value(value)
+    if isinstance(scorer, Estimator) and judge is None:
+        raise ValueError(f"{type(scorer).__name__} estimates the images that a reward is to judge; pass a reward as well")
     caps = budget if isinstance(budget, Budget) else Budget(evaluations=budget)
     ledger = Ledger(caps, images=len(prompts))
-    with torch.no_grad(), closing(PipelineDenoiser(pipe, call, ledger)) as denoiser:
+    with torch.no_grad(), ExitStack() as stack:
+        denoiser = stack.enter_context(closing(PipelineDenoiser(pipe, call, ledger)))
         problem = Problem(denoiser, streams, ledger)
-        _set_judges(problem, judge, scorer, denoiser.token_grid)
+        scout = None
+        if isinstance(scorer, Lookahead) and (scorer.pipe is not None or scorer.adapter is not None):
+            scout = stack.enter_context(closing(_scout(pipe, call, scorer, denoiser)))
+        _set_judges(problem, judge, scorer, denoiser, scout)
         output = _sample(pipe, sampler, problem, on_step)
         images = denoiser.finish(output.latents)
     ledger.finish()
@@ -201,9 +219,32 @@ def _sample(
             ) from interrupt
 
 
-def _set_judges(problem: Problem, judge: Judge | None, value: Judge | None, grid: tuple[int, int] | None) -> None:
+def _scout(
+    pipe: DiffusionPipeline, call: dict[str, Any], lookahead: Lookahead, denoiser: PipelineDenoiser
+) -> PipelineDenoiser:
+    """The denoiser that looks ahead, over the same call and levels."""
+    scout = PipelineDenoiser(lookahead.pipe or pipe, call, denoiser.ledger)
+    with torch.no_grad():
+        ours, theirs = denoiser.schedule, scout.schedule
+        shapes = [list(d.initial().shape) for d in (denoiser, scout)]
+    if ours.steps != theirs.steps or not torch.allclose(ours.sigma, theirs.sigma, atol=1e-4) or shapes[0] != shapes[1]:
+        scout.close()
+        raise ValueError(
+            f"{type(scout.pipe).__name__} cannot look ahead for {type(pipe).__name__}: its latents {shapes[1]} or noise "
+            f"levels differ from {shapes[0]}; use a pipeline of the same family, and give it the same scheduler"
+        )
+    return scout
+
+
+def _set_judges(
+    problem: Problem,
+    judge: Judge | None,
+    value: Judge | Estimator | None,
+    denoiser: PipelineDenoiser,
+    scout: PipelineDenoiser | None = None,
+) -> None:
     """Who judges what: the reward judges finished images, and noisy latents too unless a value model does."""
-    denoiser, ledger = problem.denoiser, problem.ledger
+    ledger = problem.ledger
     if isinstance(judge, DiffusionRewardModel):
         problem.reward = (
             _charged(judge, ledger) if value is not None else None
@@ -212,9 +253,14 @@ def _set_judges(problem: Problem, judge: Judge | None, value: Judge | None, grid
         problem.reward = judge
     scorer = judge if value is None else value
     if isinstance(scorer, DiffusionRewardModel):
-        problem.value = DRMValue(scorer, denoiser, ledger, grid)
+        problem.value = DRMValue(scorer, denoiser, ledger, denoiser.token_grid)
+    elif isinstance(scorer, Estimator):
+        assert problem.reward is not None
+        adapter = scorer.adapter if isinstance(scorer, Lookahead) else None
+        on = nullcontext if adapter is None else partial(adapter_on, denoiser.pipe, adapter)
+        problem.value = EstimatedValue(denoiser, problem.reward, ledger, scorer, problem.streams, scout, on)
     elif scorer is not None:
-        problem.value = TweedieValue(denoiser, scorer, ledger)
+        problem.value = EstimatedValue(denoiser, scorer, ledger)
         problem.reward = problem.reward or scorer
 
 

@@ -7,6 +7,8 @@ from rsm_guidance.core.transitions import Transition
 from rsm_guidance.samplers.base import Interrupted, Problem, Progress, Sampler, SamplerOutput
 from rsm_guidance.samplers.best_of_n import BestOfN
 from rsm_guidance.samplers.fk_steering import FKSteering
+from rsm_guidance.samplers.funnel import Funnel
+from rsm_guidance.samplers.lidar import Lidar
 from rsm_guidance.samplers.reward_gradient import RewardGradient
 from rsm_guidance.samplers.rolling import RollingSelection
 from rsm_guidance.samplers.rollout import Unguided
@@ -16,7 +18,18 @@ from rsm_guidance.samplers.svdd import SVDD
 
 SAMPLERS: dict[str, type[Sampler]] = {
     cls.name: cls
-    for cls in (Unguided, BestOfN, StepwiseSampling, SVDD, FKSteering, TwistedSMC, RewardGradient, RollingSelection)
+    for cls in (
+        Unguided,
+        BestOfN,
+        StepwiseSampling,
+        SVDD,
+        RollingSelection,
+        Funnel,
+        FKSteering,
+        TwistedSMC,
+        RewardGradient,
+        Lidar,
+    )
 }
 
 
@@ -42,7 +55,9 @@ __all__ = [
     "SVDD",
     "BestOfN",
     "FKSteering",
+    "Funnel",
     "Interrupted",
+    "Lidar",
     "Problem",
     "Progress",
     "RewardGradient",

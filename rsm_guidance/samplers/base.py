@@ -123,12 +123,15 @@ class Problem:
         self.ledger.stop("budget")
         return False
 
-    def affordable(self, count: int, scores: int) -> int:
-        """How many whole trajectories, of at most `count`, the budget reaches for, each with `scores` value calls."""
+    def affordable(self, count: int, scores: int, extra: float = 0.0) -> int:
+        """How many whole trajectories, of at most `count`, the budget reaches for.
+
+        Each makes `scores` value calls and spends `extra` denoiser evaluations besides.
+        """
         denoiser, value, budget = self.denoiser, self.value, self.ledger.budget
         calls = self.final_calls + (0 if value is None else scores * value.reward_calls_per_row)
         judged = 0.0 if value is None else scores * value.evaluations_per_row
-        each = denoiser.steps * denoiser.evaluations_per_row + self.final_cost + judged
+        each = denoiser.steps * denoiser.evaluations_per_row + self.final_cost + judged + extra
         affordable = count
         for cap, cost, fixed in (
             (budget.evaluations, each, 0),

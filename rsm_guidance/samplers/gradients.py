@@ -5,9 +5,26 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from rsm_guidance.core.ledger import BACKWARD
 from rsm_guidance.core.schedule import Prediction
 from rsm_guidance.rewards import judged, name_of
 from rsm_guidance.samplers.base import Problem
+
+
+def differentiated(problem: Problem, jacobian: bool) -> float:
+    """Denoiser evaluations that a gradient of the value runs backwards through, per latent."""
+    value = problem.value
+    if value is None or (value.reads_prediction and not jacobian):
+        return 0.0
+    return value.evaluations_per_row
+
+
+def gradient_cost(problem: Problem, jacobian: bool) -> float:
+    """Denoiser evaluations per latent of `value_and_gradient`, the prediction aside: the value's own, and the way back."""
+    value = problem.value
+    assert value is not None
+    own = value.evaluations_per_row - (problem.denoiser.evaluations_per_row if value.reads_prediction else 0.0)
+    return own + BACKWARD * differentiated(problem, jacobian)
 
 
 def value_and_gradient(
@@ -25,7 +42,7 @@ def value_and_gradient(
             needs no backward pass of the denoiser.
 
     Returns:
-        The prediction (detached), values float64 [R], gradient [R, ...] (0 in rows where it is not finite).
+        The prediction (detached), values float64 [R], gradient [R, ...] (NaN throughout a row where any of it is not finite).
 
     Raises:
         ValueError: if the value is not differentiable.
@@ -57,7 +74,7 @@ def value_and_gradient(
             "(fk-steering, svdd, stepwise, best-of-n)"
         )
     (gradient,) = torch.autograd.grad(total, leaf)
-    problem.ledger.backward_passes += len(x)
+    problem.ledger.charge_backward(len(x), differentiated(problem, jacobian))
     if prediction is None:
         with torch.no_grad():
             prediction = denoiser.predict(x, level, rows)
@@ -67,4 +84,4 @@ def value_and_gradient(
     finite = gradient.flatten(1).isfinite().all(1).view(-1, *[1] * (x.ndim - 1))
     velocity = None if prediction.velocity is None else prediction.velocity.detach()
     detached = Prediction(x, prediction.x0.detach(), prediction.eps.detach(), velocity)
-    return detached, checked, torch.where(finite, gradient, 0.0)
+    return detached, checked, torch.where(finite, gradient, torch.nan)

@@ -27,10 +27,15 @@ class Rollout:
         problem: the task.
         transition: how to step.
         candidates: which candidates to run; latents are candidate-major, [len(candidates) * B, ...].
+        start: latents to start from, instead of the candidates' own; every run then draws what candidate 0 draws on
+            its way, so that the outcome depends on nothing else.
     """
 
-    def __init__(self, problem: Problem, transition: Transition, candidates: list[int]) -> None:
+    def __init__(
+        self, problem: Problem, transition: Transition, candidates: list[int], start: Tensor | None = None
+    ) -> None:
         self.problem, self.transition, self.candidates = problem, transition, candidates
+        self.start = start
         self.rows = problem.rows.repeat(len(candidates))
         self.estimate: Tensor | None = None
 
@@ -52,13 +57,19 @@ class Rollout:
 
     def _our_steps(self) -> Iterator[tuple[Prediction, Tensor]]:
         problem, schedule = self.problem, self.problem.denoiser.schedule
-        starts = [problem.initial(c) for c in self.candidates]
-        x = starts[0] if len(starts) == 1 else torch.cat(starts)
+        candidates = self.candidates
+        if self.start is None:
+            starts = [problem.initial(c) for c in candidates]
+            x = starts[0] if len(starts) == 1 else torch.cat(starts)
+        else:
+            candidates, x = [0] * len(candidates), self.start
         for jump in self.transition.jumps(schedule):
-            prediction, x = problem.advance(x, self.rows, jump, self.transition, self.candidates)
+            prediction, x = problem.advance(x, self.rows, jump, self.transition, candidates)
             yield prediction, x
 
     def _own_steps(self) -> Iterator[tuple[Prediction | None, Tensor]]:
+        if self.start is not None:
+            return self.problem.denoiser.follow(self.rows, start=self.start)
         if self.candidates == [0]:
             return self.problem.denoiser.follow()
         generators = [g for c in self.candidates for g in self.problem.starts(c)]

@@ -27,7 +27,7 @@ from rsm_guidance.samplers.base import (
     interruptible,
     new_trace,
 )
-from rsm_guidance.samplers.gradients import value_and_gradient
+from rsm_guidance.samplers.gradients import gradient_cost, value_and_gradient
 from rsm_guidance.samplers.particles import Particles, conclude
 
 
@@ -45,6 +45,7 @@ class TwistedSMC:
         largest_shift: proposals move by at most so many standard deviations per dimension (root mean square); weights
             take the clipped proposal into account.
         jacobian: differentiate through the denoiser, where the value reads its estimate.
+        checkpoint: recompute activations on the way back instead of keeping them: less memory, a forward pass more.
         returned: "best" returns the particle of highest reward, "sample" draws one by weight, a sample of the target.
     """
 
@@ -57,6 +58,7 @@ class TwistedSMC:
     transition: Transition = Transition("ddim", 1.0)
     largest_shift: float = 1.0
     jacobian: bool = True
+    checkpoint: bool = False
     returned: Literal["best", "sample"] = "best"
 
     def __post_init__(self) -> None:
@@ -84,8 +86,11 @@ class TwistedSMC:
                 "the sampler 'smc' follows the gradient of a value: pass a differentiable reward or value model"
             )
         problem.require_budget()
+        problem.denoiser.checkpointing = self.checkpoint
         schedule, trace = problem.denoiser.schedule, new_trace(self, problem)
-        k = problem.affordable(self.particles, schedule.steps)
+        value = problem.value
+        own = gradient_cost(problem, self.jacobian) - value.evaluations_per_row  # besides the value call itself
+        k = problem.affordable(self.particles, schedule.steps, schedule.steps * own)
         starts = [problem.initial(c) for c in range(k)]
         group = Particles(problem, k, starts[0] if k == 1 else torch.cat(starts))
         group.carried = {"twist": torch.zeros(problem.count, k, dtype=torch.float64)}
@@ -97,6 +102,7 @@ class TwistedSMC:
                     prediction, values, gradient = value_and_gradient(
                         problem, group.latents, level, group.rows, self.jacobian
                     )
+                    gradient = gradient.nan_to_num(0.0)  # such a row proposes as the base model does
                     estimate = prediction.x0
                     scale = (level / schedule.steps) ** self.power / self.temperature
                     scores = group.table(values)

@@ -7,7 +7,16 @@ from rsm_guidance.core.denoiser import Reward
 from rsm_guidance.rewards import REWARDS, import_object
 from rsm_guidance.shapes.model import drm_path
 from rsm_guidance.values.drm import DiffusionRewardModel, DRMConfig
-from rsm_guidance.values.estimators import DRMValue, TweedieValue
+from rsm_guidance.values.estimators import (
+    ESTIMATORS,
+    DRMValue,
+    EstimatedValue,
+    Estimator,
+    Lookahead,
+    Smoothed,
+    Tweedie,
+    adapter_on,
+)
 
 Judge = Reward | DiffusionRewardModel
 SHAPES_DRM = "shapes-drm"
@@ -56,4 +65,28 @@ def load_judge(spec: object) -> Judge:
     )
 
 
-__all__ = ["SHAPES_DRM", "DRMConfig", "DRMValue", "DiffusionRewardModel", "Judge", "TweedieValue", "load_judge"]
+def load_value(spec: object) -> Judge | Estimator:
+    """A judge of noisy latents: an estimator or its name ("tweedie", "smoothed", "lookahead"), or as in `load_judge`."""
+    if isinstance(spec, Estimator):
+        return spec
+    if isinstance(spec, str) and spec in ESTIMATORS:
+        return ESTIMATORS[spec]()
+    return load_judge(spec)
+
+
+__all__ = [
+    "ESTIMATORS",
+    "SHAPES_DRM",
+    "DRMConfig",
+    "DRMValue",
+    "DiffusionRewardModel",
+    "EstimatedValue",
+    "Estimator",
+    "Judge",
+    "Lookahead",
+    "Smoothed",
+    "Tweedie",
+    "adapter_on",
+    "load_judge",
+    "load_value",
+]

@@ -1,15 +1,17 @@
 """Reward-gradient guidance on Gaussian mixtures: it climbs, its scale is its own, and zero strength is no guidance."""
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from rsm_guidance.core.mixture import tilt
 from rsm_guidance.core.schedule import Prediction
 from rsm_guidance.core.transitions import Transition
 from rsm_guidance.samplers import RewardGradient, Unguided
-from tests.samplers.test_particles import ANCESTRAL, SHORT, ConstantValue, problem
+from tests.samplers.test_particles import ANCESTRAL, CASES, SCHEDULES, SHORT, ConstantValue, problem
 
 CPS = Transition("cps", 0.9)
 
@@ -26,6 +28,11 @@ def mean_reward(sampler: Any, exact: bool = True, count: int = 200) -> float:
     [
         {},
         {"push": "noise", "strength": 0.5},
+        {"push": "drift", "strength": 0.3},
+        {"push": "velocity", "strength": 0.3},
+        {"push": "velocity", "strength": 0.3, "transition": Transition("ode")},
+        {"scale": "plain", "strength": 1.0},
+        {"trajectories": 3},
         {"transition": Transition("ode"), "strength": 0.3},
         {"recurrence": 3},
         {"jacobian": False},
@@ -58,7 +65,7 @@ def test_more_strength_climbs_higher_and_the_rewards_unit_does_not_matter() -> N
 def test_no_strength_and_no_gradient_are_the_unguided_run(transition: Transition) -> None:
     plain = Unguided(transition).sample(problem("ring", SHORT, 4)).latents
     assert torch.equal(RewardGradient(0.0, transition=transition).sample(problem("ring", SHORT, 4)).latents, plain)
-    for push in ("mean", "noise"):
+    for push in ("mean", "drift", "noise", "velocity"):
         if transition.kind == "ode" and push == "noise":
             continue
         task = problem("ring", SHORT, 4)
@@ -69,9 +76,13 @@ def test_no_strength_and_no_gradient_are_the_unguided_run(transition: Transition
 
 
 def test_budget_interruption_and_bad_input() -> None:
-    whole = RewardGradient(transition=ANCESTRAL).sample(problem("ring", SHORT, 3)).ledger.evaluations / 3
-    output = RewardGradient(transition=ANCESTRAL).sample(problem("ring", SHORT, 3, evaluations=whole - 1))
-    assert output.ledger.stopped == "budget" and output.ledger.evaluations <= 3 * (whole - 1) + 1e-6
+    for sampler in (RewardGradient(transition=ANCESTRAL), RewardGradient(transition=ANCESTRAL, recurrence=3)):
+        whole = sampler.sample(problem("ring", SHORT, 3)).ledger.evaluations / 3
+        output = sampler.sample(problem("ring", SHORT, 3, evaluations=whole - 1))
+        assert output.ledger.stopped == "budget" and output.ledger.evaluations <= 3 * (whole - 1) + 1e-6
+    thrice = RewardGradient(transition=ANCESTRAL, trajectories=3)
+    output = thrice.sample(problem("ring", SHORT, 3, evaluations=2.5 * 20))
+    assert len(output.trace["candidates"]["rewards"][0]) == 2 and output.ledger.evaluations <= 3 * 50
 
     def interrupt(progress: Any) -> None:
         if progress.level == 3:
@@ -85,6 +96,10 @@ def test_budget_interruption_and_bad_input() -> None:
         ({"strength": -1.0}, "strength must be finite"),
         ({"strength": 1.5, "push": "noise"}, "at most 1"),
         ({"recurrence": 0}, "recurrence must be at least 1"),
+        ({"trajectories": 0}, "trajectories must be at least 1"),
+        ({"push": "drift", "scale": "plain"}, "normalised by definition"),
+        ({"push": "latents"}, "push must be one of"),
+        ({"largest": 0.0}, "largest must be positive"),
         ({"push": "noise", "transition": Transition("ode")}, "cannot be pushed"),
         ({"window": (0.5, 0.2)}, "window must be"),
     ):
@@ -94,3 +109,48 @@ def test_budget_interruption_and_bad_input() -> None:
     task.value = None
     with pytest.raises(ValueError, match="differentiable reward or value model"):
         RewardGradient().sample(task)
+
+
+@pytest.mark.parametrize("name", ["flow", "vp"])
+@pytest.mark.parametrize("kind", ["ode", "ddim"])
+def test_plain_velocity_guidance_with_the_exact_value_is_exact(name: str, kind: Any) -> None:
+    """The gradient of V is the tilted law's score minus the base's, so the run must reach the tilted posterior."""
+    mixture, reward = CASES["linear"]
+    tilted, _ = tilt(mixture, reward)
+    sampler = RewardGradient(1.0, "velocity", "plain", math.inf, transition=Transition(kind, 1.0))
+    output = sampler.sample(problem("linear", SCHEDULES[name], 2000))
+    x = output.latents[:, 0]
+    assert abs(float(x.mean() - tilted.mean)) < 4 * float(tilted.variance.sqrt()) / 2000**0.5 + 0.05
+    assert abs(float((x > 0).double().mean()) - 0.982014) < 0.015
+
+
+def test_plain_scale_is_bounded_and_broken_gradients_back_off() -> None:
+    task = problem("ring", SHORT, 4)
+    inner = task.value
+
+    class Exploding(ConstantValue):
+        def __call__(self, x: Tensor, level: int, rows: Tensor, prediction: Prediction | None = None) -> Tensor:
+            assert inner is not None
+            return 1e8 * inner(x, level, rows)
+
+    task.value = Exploding()
+    for push in ("mean", "velocity"):
+        latents = RewardGradient(1.0, push, "plain", transition=ANCESTRAL).sample(task).latents  # type: ignore[arg-type]
+        assert latents.isfinite().all() and latents.abs().max() < 50
+
+    class Flaky(ConstantValue):
+        """No gradient for row 1 at level 3."""
+
+        def __call__(self, x: Tensor, level: int, rows: Tensor, prediction: Prediction | None = None) -> Tensor:
+            assert inner is not None
+            if level != 3:
+                return inner(x, level, rows)
+            bad = 0 * x.square().sum(1) + (rows != 1)  # the root of 0 has no derivative
+            return inner(x, level, rows) + bad.sqrt()
+
+    task = problem("ring", SHORT, 4)
+    task.value = Flaky()
+    output = RewardGradient(transition=ANCESTRAL).sample(task)
+    assert output.latents.isfinite().all()
+    last = output.trace["levels"][-1]["strength"]
+    assert [row[0] for row in last] == [0.2, 0.1, 0.2, 0.2]

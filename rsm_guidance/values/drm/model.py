@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from rsm_guidance.core.schedule import NoiseSchedule
 from rsm_guidance.engine import encode_images
+from rsm_guidance.engine.memory import MicroBatch
 from rsm_guidance.shapes.model import model_path
 from rsm_guidance.values.drm.backbones import Grid, Texts, backbone_of, denoiser_of
 from rsm_guidance.values.drm.head import RewardHead
@@ -98,6 +99,7 @@ class DiffusionRewardModel(
         self.head = RewardHead(self.trunk.dim, drm_config.head_width).to(pipe.device)
         self._texts: dict[str, Texts] = {}
         self._text_bytes = 0
+        self._scoring = MicroBatch(_SCORE_BATCH)
         self.eval()
 
     def _add_lora(self) -> None:
@@ -248,8 +250,7 @@ class DiffusionRewardModel(
             raise ValueError(f"timesteps lie in [0, 1000]; got {level_or_timestep}")
         grid = grid or self.grid(latents)
         latents = latents.to(weight.device)
-        pieces = [slice(start, start + _SCORE_BATCH) for start in range(0, len(latents), _SCORE_BATCH)]
-        return torch.cat([self(latents[p], timestep[p], prompts[p], grid) for p in pieces])
+        return torch.cat(self._scoring(lambda p: self(latents[p], timestep[p], prompts[p], grid), len(latents)))
 
     @property
     def image_size(self) -> int:

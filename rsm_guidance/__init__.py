@@ -6,6 +6,7 @@ from rsm_guidance.core.ledger import Budget, Ledger
 from rsm_guidance.core.transitions import Transition
 from rsm_guidance.pipelines import (
     GuidedPipelineOutput,
+    RewardGuidedPipeline,
     RewardGuidedStableDiffusion3Pipeline,
     custom_pipeline,
     reward_guided,
@@ -22,6 +23,7 @@ __all__ = [
     "DiffusionRewardModel",
     "GuidedPipelineOutput",
     "Ledger",
+    "RewardGuidedPipeline",
     "RewardGuidedStableDiffusion3Pipeline",
     "StepwiseSampling",
     "Transition",

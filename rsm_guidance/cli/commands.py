@@ -1,6 +1,7 @@
 """The commands on images: sample, compare, score, evaluate."""
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import tyro
 from tqdm.auto import tqdm
 
 from rsm_guidance.cli.options import ModelOptions, SamplerOptions, budget_of
+from rsm_guidance.evaluation.compare import Comparison, compare
 from rsm_guidance.evaluation.files import (
     read_image,
     read_prompts,
@@ -19,24 +21,15 @@ from rsm_guidance.evaluation.files import (
     write_image,
     write_json,
 )
-from rsm_guidance.evaluation.generate import Generation, fit_to_budget, generate, levels_of, load_pipeline
-from rsm_guidance.evaluation.pictures import grid
-from rsm_guidance.rewards import judged, name_of, shapes_verifier
-from rsm_guidance.samplers import Progress, Sampler
+from rsm_guidance.evaluation.generate import Generation, generate, load_pipeline, scores_of
+from rsm_guidance.rewards import shapes_verifier
+from rsm_guidance.samplers import SAMPLERS, Progress, Sampler
 from rsm_guidance.shapes.render import IMAGE_SIZE
-from rsm_guidance.values import DiffusionRewardModel, Judge, load_judge
+from rsm_guidance.values import DiffusionRewardModel, load_judge, load_value
 
 
 def _say(data: dict[str, Any]) -> None:
     print(json.dumps(data), flush=True)
-
-
-def _scores(judge: Judge, images: torch.Tensor, prompts: list[str]) -> list[float]:
-    """Checked scores of images [B, 3, H, W] in [0, 1]."""
-    score = judge.score_images if isinstance(judge, DiffusionRewardModel) else judge
-    with torch.no_grad():
-        scores: list[float] = judged(lambda: score(images, prompts), len(images), name_of(judge)).tolist()
-    return scores
 
 
 @dataclass(frozen=True)
@@ -57,7 +50,9 @@ class Sample:
     trace: Path | None = None
     """JSON file for the record of every candidate, score and choice."""
     sampler: str = "stepwise"
-    """none, best-of-n, stepwise, svdd, rbf, fk-steering, smc or reward-gradient."""
+    """A name of the README's table, with options of its own, as in stepwise:trajectories=2."""
+    value: str | None = None
+    """Judge of noisy latents, where it is not the reward: a reward model, or tweedie, smoothed or lookahead."""
     seed: int = 0
     """The same seed gives the same image."""
     budget: float | None = None
@@ -86,6 +81,7 @@ class Sample:
                 prompt=self.prompt,
                 sampler=sampler,
                 reward=judge,
+                value=None if self.value is None else load_value(self.value),
                 seed=self.seed,
                 budget=budget_of(self.budget, self.seconds),
                 on_step=on_step,
@@ -99,68 +95,85 @@ class Sample:
 
 @dataclass(frozen=True)
 class Compare:
-    """Draw one prompt with several samplers at one budget, side by side.
+    """Compare samplers at equal budgets: curves, a picture and a report.
 
     rsm-guidance compare "a green triangle left of a red star" --samplers none,best-of-n,stepwise --budget 160 --out report/
+
+    rsm-guidance compare --samplers none,best-of-n,stepwise:trajectories=2 --budgets 80,160 --prompts prompts.txt \\
+        --guide shapes-drm --monitor shapes-verifier --out report/
+
+    accelerate launch -m rsm_guidance compare --samplers all --budgets 160 --prompts prompts.txt --out report/
     """
 
-    prompt: tyro.conf.Positional[str]
-    """What to draw."""
+    prompt: tyro.conf.Positional[str | None] = None
+    """What to draw, instead of --prompts."""
+    prompts: Path | None = None
+    """UTF-8 text with one prompt per line, or JSON lines with a "prompt" field."""
     samplers: str = "none,best-of-n,stepwise"
-    """Names, separated by commas."""
+    """Names, separated by commas, each with options of its own, as in stepwise:trajectories=2; "all" for all."""
     budget: float = 160.0
-    """Denoiser evaluations per image; best-of-n and stepwise take as many candidates as it pays for."""
+    """Denoiser evaluations per image; samplers take as many candidates as it pays for."""
+    budgets: str | None = None
+    """Several budgets, separated by commas, instead of --budget."""
+    guide: str | None = None
+    """What guides; default: --reward."""
+    monitor: str | None = None
+    """A reward that no sampler sees, reported beside the guide."""
     out: Path = Path("report")
-    """Folder for comparison.png, one image per sampler, and report.json."""
+    """Folder for report.json, curves.png and comparison.png; a comparison found in it goes on."""
     images: int = 4
-    """Images per sampler, with seeds SEED, SEED + 1, ..."""
+    """Images of a single prompt."""
+    pairs: int = 32
+    """Prompts that are drawn twice, to measure diversity."""
     seed: int = 0
-    """First seed."""
+    """Names all random numbers."""
+    batch_size: int = 16
+    """Prompts per batch; changes no image."""
+    autocast: bool = False
+    """Run in bfloat16 autocast, which is faster on CPUs."""
     options: tyro.conf.OmitArgPrefixes[SamplerOptions] = field(default_factory=SamplerOptions)
     of: tyro.conf.OmitArgPrefixes[ModelOptions] = field(default_factory=ModelOptions)
 
     def run(self) -> None:
-        if self.images < 1:
-            raise ValueError(f"--images must be at least 1; got {self.images}")
-        if not self.prompt.strip():
+        if self.images < 1 or self.batch_size < 1 or self.pairs < 0:
+            raise ValueError(
+                f"--images and --batch-size must be at least 1, --pairs at least 0; got {self.images}, {self.batch_size}, "
+                f"{self.pairs}"
+            )
+        if (self.prompt is None) == (self.prompts is None):
+            raise ValueError("give one prompt, or --prompts with a file of them")
+        if self.prompt is not None and not self.prompt.strip():
             raise ValueError("the prompt is empty; say what to draw")
-        names = [n.strip() for n in self.samplers.split(",") if n.strip()]
+        prompts = [str(self.prompt)] * self.images if self.prompts is None else read_prompts(self.prompts)
+        names = list(SAMPLERS) if self.samplers.strip() == "all" else _listed(self.samplers)
         if not names:
             raise ValueError("--samplers names no sampler; give at least one, such as none,stepwise")
-        built = [SamplerOptions().build(n) if n == "none" else self.options.build(n) for n in names]
+        samplers = {n: (SamplerOptions() if n.startswith("none") else self.options).build(n) for n in names}
+        try:
+            budgets = tuple(float(b) for b in self.budgets.split(",")) if self.budgets else (self.budget,)
+        except ValueError as error:
+            raise ValueError(f"--budgets takes numbers, separated by commas; got {self.budgets!r}") from error
         require_writable(self.out / "report.json")
         pipe, judge = load_pipeline(self.of.model_id, self.of.dtype), self.of.judge()
         generation = Generation.for_model(self.of.model_id, self.of.steps, self.of.guidance_scale)
-        rows, report, pictures = [], [], {}
-        schedule, per_level = levels_of(pipe, generation)
-        for sampler in tqdm(built, desc="samplers"):
-            fitted = fit_to_budget(sampler, self.budget, schedule, per_level, judge)
-            row = []
-            for i in range(self.images):
-                seed = self.seed + i
-                cap = budget_of(self.budget)
-                [s] = next(generate(pipe, [self.prompt], fitted, judge, generation, seed, 1, cap))
-                pictures[f"{sampler.name}_{seed}.png"] = s.image
-                row.append((s.image, f"{sampler.name}  seed {seed}  reward {s.reward:.2f}"))
-                report.append(
-                    {
-                        "sampler": repr(fitted),
-                        "name": sampler.name,
-                        "seed": seed,
-                        "reward": s.reward,
-                        "evaluations": s.evaluations,
-                        "seconds": s.seconds,
-                        "trace": s.trace,
-                    }
-                )
-            rows.append(row)
-        for name, image in {**pictures, "comparison.png": grid(rows)}.items():
-            write_image(self.out / name, image)
-        write_json(self.out / "report.json", {"prompt": self.prompt, "budget": self.budget, "runs": report})
-        for name in dict.fromkeys(names):
-            mine = [r for r in report if r["name"] == name]
-            means = {k: float(np.mean([r[k] for r in mine])) for k in ("reward", "evaluations", "seconds")}
-            _say({"sampler": name, "images": len(mine), **means})
+        report = compare(
+            Comparison(
+                prompts, samplers, budgets, self.out, self.seed, self.pairs if self.prompt is None else 0,
+                batch_size=self.batch_size, autocast=self.autocast,
+            ),
+            pipe, generation, judge if self.guide is None else load_judge(self.guide),
+            None if self.monitor is None else load_judge(self.monitor),
+        )  # fmt: skip
+        for key, run in report["runs"].items():
+            shown = {k: run[k] for k in ("reward", "monitor", "evaluations", "seconds", "diversity") if k in run}
+            _say({"run": key, "sampler": run["label"], "images": len(prompts), **shown})
+        for key, reason in report["skipped"].items():
+            _say({"skipped": key, "reason": reason})
+
+
+def _listed(text: str) -> list[str]:
+    """Entries between commas that stand in no brackets."""
+    return [n.strip() for n in re.split(r",(?![^\[(]*[\])])", text) if n.strip()]
 
 
 @dataclass(frozen=True)
@@ -189,7 +202,7 @@ class Score:
         elif judge is shapes_verifier:
             size = (IMAGE_SIZE, IMAGE_SIZE)
         for path, image in [(p, read_image(p, size)) for p in self.images]:
-            [score] = _scores(judge, image, [self.prompt])
+            [score] = scores_of(judge, image, [self.prompt])
             _say({"image": str(path), "prompt": self.prompt, "score": score})
 
 
@@ -205,7 +218,7 @@ class Evaluate:
     json: Path
     """Where the result goes."""
     sampler: str = "none"
-    """none, best-of-n, stepwise, svdd, rbf, fk-steering, smc or reward-gradient."""
+    """A name of the README's table, with options of its own, as in stepwise:trajectories=2."""
     guide: str | None = None
     """What guides the sampler; default: the reward."""
     seed: int = 0
@@ -238,7 +251,7 @@ class Evaluate:
         rewards = [s.reward for s in samples]
         if guide is not judge:
             pixels = [torch.from_numpy(np.array(s.image.convert("RGB"))).permute(2, 0, 1)[None] / 255 for s in samples]
-            rewards = [_scores(judge, p, [s.prompt])[0] for p, s in zip(pixels, samples, strict=True)]
+            rewards = [scores_of(judge, p, [s.prompt])[0] for p, s in zip(pixels, samples, strict=True)]
         values = np.array(rewards, float)
         report = {
             "pipeline": self.of.model,

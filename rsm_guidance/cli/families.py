@@ -1,14 +1,14 @@
 """The command `families`: what is supported, and whether a given pipeline is."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import diffusers
 import tyro
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import SchedulerMixin
 
 from rsm_guidance.engine.families import why_not
 from rsm_guidance.engine.schedulers import refusal
+from rsm_guidance.pipelines.auto import stock_class
 from rsm_guidance.pipelines.families import FAMILIES
 
 
@@ -40,17 +40,8 @@ def probe(model: str) -> list[str]:
     Raises:
         ValueError: if it is no pipeline, or one that diffusers does not export.
     """
-    if not Path(model).is_dir() and model.count("/") != 1:
-        raise ValueError(f"cannot probe {model!r}: there is no such folder, and it is no hub id (org/name)")
-    try:
-        config = DiffusionPipeline.load_config(model)
-        entry = config["_class_name"]
-    except (OSError, KeyError) as error:
-        raise ValueError(f"{model} is no diffusers pipeline: {str(error).splitlines()[0]}") from error
-    name = entry if isinstance(entry, str) else entry[-1]
-    cls = getattr(diffusers, name, None)
-    if not (isinstance(cls, type) and issubclass(cls, DiffusionPipeline)):
-        raise ValueError(f"{model} is a {name}, which diffusers {diffusers.__version__} does not export")
+    cls, config = stock_class(model)
+    name = cls.__name__
     reason = why_not(cls)
     if reason is not None:
         return [f"{name}: cannot be guided: {reason}"]

@@ -8,7 +8,7 @@ import tyro
 
 from rsm_guidance.core.ledger import Budget
 from rsm_guidance.core.transitions import Transition
-from rsm_guidance.samplers import SAMPLERS, Sampler, make_sampler
+from rsm_guidance.samplers import SAMPLERS, Sampler, parse_sampler
 from rsm_guidance.shapes.model import model_path
 from rsm_guidance.values import Judge, load_judge
 
@@ -46,7 +46,7 @@ class SamplerOptions:
     """Samples (best-of-n), children per level (stepwise) or continuations per block (svdd)."""
     particles: int | None = None
     """fk-steering and smc: particles per prompt."""
-    transition: Literal["scheduler", "ode", "ddim", "cps", "flow_sde"] | None = None
+    transition: Literal["scheduler", "ode", "ddim", "cps", "flow_sde", "glass"] | None = None
     """How to step; ode is deterministic."""
     noise: float | None = None
     """Noise level of the transition: eta in [0, 1] of ddim and cps, a of flow_sde."""
@@ -67,20 +67,23 @@ class SamplerOptions:
     threshold: float | None = None
     """rbf: value above which a child is accepted; fk-steering and smc: share of effective particles to resample at."""
 
+    set: tuple[str, ...] = ()
+    """Any other option of the sampler, as FIELD=VALUE."""
+
     def build(self, name: str) -> Sampler:
-        """The sampler of that name.
+        """The sampler of that name, which may carry options of its own (see `parse_sampler`).
 
         Raises:
             ValueError: if it does not have an option that was given.
         """
         options: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        kind, noise = options.pop("transition"), options.pop("noise")
+        kind, noise, further = options.pop("transition"), options.pop("noise"), options.pop("set")
         given = {k: v for k, v in options.items() if v is not None}
         if kind is not None or noise is not None:
-            default = getattr(SAMPLERS.get(name), "transition", Transition())
+            default = getattr(SAMPLERS.get(name.partition(":")[0]), "transition", Transition())
             kind = kind or default.kind
             given["transition"] = Transition(kind, default.noise if noise is None else noise)
-        return make_sampler(name, **given)
+        return parse_sampler(":".join([name, *further]), **given)
 
 
 def budget_of(evaluations: float | None, seconds: float | None = None) -> Budget | None:

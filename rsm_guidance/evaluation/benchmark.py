@@ -15,15 +15,14 @@ from tqdm.auto import tqdm
 
 from rsm_guidance.core.transitions import Transition
 from rsm_guidance.evaluation.files import write_json
+from rsm_guidance.evaluation.fitting import fit_to_budget
 from rsm_guidance.evaluation.generate import (
     Generation,
     Sample,
+    costs_of,
     fingerprint,
-    fit_to_budget,
     generate,
-    levels_of,
     load_pipeline,
-    value_share,
 )
 from rsm_guidance.evaluation.statistics import mean_interval
 from rsm_guidance.samplers import BestOfN, Sampler, StepwiseSampling, Unguided
@@ -88,17 +87,17 @@ def run_samplers_benchmark(config: SamplersBenchmark) -> dict[str, Any]:
         raise ValueError("the benchmark compares samplers guided by a diffusion reward model; pass one as reward")
     prompts = [c.text for c in caption_set(config.captions, 0)]
     generation = Generation.for_model(config.model)
-    schedule, per_level = levels_of(pipe, generation)
-    once = schedule.steps * per_level + value_share(judge)
+    costs = costs_of(pipe, generation, judge)
+    schedule, once = costs.schedule, costs.once
     transition = config.stepwise.transition
     plan: dict[str, Sampler] = {"none": Unguided(transition), "none (ode)": Unguided(Transition("ode"))}
     for multiple in config.multiples:
         both: tuple[Sampler, ...] = (BestOfN(transition=transition), config.stepwise)
         for sampler in both:
-            plan[f"{sampler.name} {multiple:g}x"] = fit_to_budget(sampler, multiple * once, schedule, per_level, judge)
+            plan[f"{sampler.name} {multiple:g}x"] = fit_to_budget(sampler, multiple * once, costs)
     twice = replace(config.stepwise, trajectories=2)
     for multiple in config.two_runs:
-        plan[f"stepwise, 2 runs {multiple:g}x"] = fit_to_budget(twice, multiple * once, schedule, per_level, judge)
+        plan[f"stepwise, 2 runs {multiple:g}x"] = fit_to_budget(twice, multiple * once, costs)
     settings = {
         "captions": config.captions, "seed": config.seed, "steps": schedule.steps, "guidance_scale": generation.guidance_scale,
         "transition": [transition.kind, transition.noise], "autocast": config.autocast, "unguided_cost": once,

@@ -1,26 +1,25 @@
 """Loading a pipeline and making images for many prompts under one sampler."""
 
 import hashlib
-import math
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors import SafetensorError
+from torch import Tensor
 
 from rsm_guidance.core.ledger import Budget
 from rsm_guidance.core.random import derive_seed
-from rsm_guidance.core.schedule import NoiseSchedule
 from rsm_guidance.engine import PipelineDenoiser
-from rsm_guidance.pipelines import reward_guided
-from rsm_guidance.samplers import BestOfN, Sampler, StepwiseSampling
+from rsm_guidance.evaluation.fitting import Costs
+from rsm_guidance.pipelines import RewardGuidedPipeline
+from rsm_guidance.rewards import judged, name_of
+from rsm_guidance.samplers import Sampler
 from rsm_guidance.shapes.model import GUIDANCE_SCALE, STEPS, model_path
 from rsm_guidance.values import DiffusionRewardModel, Judge
 
@@ -60,17 +59,8 @@ def load_pipeline(model: str, dtype: str = "float32") -> DiffusionPipeline:
     Raises:
         ValueError: if there is no such model, or its pipeline cannot be guided.
     """
-    if not Path(model).is_dir() and not (model.count("/") == 1 and model[0] not in "./~"):
-        raise ValueError(
-            f"cannot load a pipeline from {model!r}: there is no such folder, and it is no hub id (org/name)"
-        )
     try:
-        config = DiffusionPipeline.load_config(model)
-        name = config["_class_name"]
-        base = getattr(diffusers, name if isinstance(name, str) else name[-1], None)
-        if base is None:
-            raise ValueError(f"{model} is a {name}, which diffusers does not export; load it in Python instead")
-        pipe = reward_guided(base).from_pretrained(model, dtype=getattr(torch, dtype))
+        pipe = RewardGuidedPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
     except (OSError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"cannot load a pipeline from {model!r}: {str(error).strip().splitlines()[0]}") from error
     pipe.set_progress_bar_config(disable=True)
@@ -134,40 +124,19 @@ def value_share(judge: Judge | None) -> float:
     return judge.depth_share if isinstance(judge, DiffusionRewardModel) else 0.0
 
 
-def fit_to_budget(
-    sampler: Sampler, budget: float, schedule: NoiseSchedule, per_level: float, judge: Judge | None
-) -> Sampler:
-    """The sampler with as many candidates as `budget` denoiser evaluations per image pay for.
-
-    Args:
-        sampler: best-of-n or stepwise are fitted; others are returned as they are.
-        budget: denoiser evaluations per image, value evaluations counted by their share.
-        schedule: the levels of a run.
-        per_level: denoiser evaluations per level (2 with CFG).
-        judge: what guides; a plain function judges noisy latents after another denoiser evaluation.
-
-    Raises:
-        ValueError: if the budget does not pay for one image.
-    """
-    is_model = isinstance(judge, DiffusionRewardModel)
-    once = schedule.steps * per_level + value_share(judge)
-    if budget < once - 1e-6:
-        raise ValueError(f"a budget of {budget:g} denoiser evaluations is less than the {once:g} of one image")
-    if isinstance(sampler, BestOfN):
-        return replace(sampler, candidates=math.floor(budget / once + 1e-9))
-    if isinstance(sampler, StepwiseSampling):
-        share = value_share(judge) if is_model else per_level
-        compared = sum(sampler.competes(schedule, level) for level in range(schedule.steps))
-        start = sampler.initial_candidates * share if sampler.initial_candidates > 1 else 0.0
-        left = budget / sampler.trajectories - once - start
-        return replace(sampler, candidates=max(1, math.floor(left / (compared * share) + 1e-9)))
-    return sampler
-
-
-def levels_of(pipe: DiffusionPipeline, generation: Generation) -> tuple[NoiseSchedule, float]:
-    """The schedule of a call and its denoiser evaluations per level, without running it."""
+def costs_of(pipe: DiffusionPipeline, generation: Generation, judge: Judge | None) -> Costs:
+    """What a call consists of, for `fitting`: its levels and what denoising and judging cost, without running it."""
     with torch.no_grad(), closing(PipelineDenoiser(pipe, {"prompt": "-", **generation.call()})) as denoiser:
-        return denoiser.schedule, denoiser.evaluations_per_row
+        share = value_share(judge) if isinstance(judge, DiffusionRewardModel) else None
+        return Costs(denoiser.schedule, denoiser.evaluations_per_row, share, share or 0.0)
+
+
+def scores_of(judge: Judge, images: Tensor, prompts: list[str]) -> list[float]:
+    """Checked scores of finished images [B, 3, H, W] in [0, 1]."""
+    score = judge.score_images if isinstance(judge, DiffusionRewardModel) else judge
+    with torch.no_grad():
+        scores: list[float] = judged(lambda: score(images, prompts), len(images), name_of(judge)).tolist()
+    return scores
 
 
 def fingerprint(module: torch.nn.Module) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import diffusers
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 
+from rsm_guidance.pipelines.auto import RewardGuidedPipeline
 from rsm_guidance.pipelines.guided import GuidedPipelineOutput, reward_guided
 
 RewardGuidedStableDiffusion3Pipeline = reward_guided(StableDiffusion3Pipeline)
@@ -37,4 +38,10 @@ def custom_pipeline(family: str) -> str:
     raise ValueError(f"there is no custom pipeline {family!r}; choose one of {', '.join(known)}")
 
 
-__all__ = ["GuidedPipelineOutput", "RewardGuidedStableDiffusion3Pipeline", "custom_pipeline", "reward_guided"]
+__all__ = [
+    "GuidedPipelineOutput",
+    "RewardGuidedPipeline",
+    "RewardGuidedStableDiffusion3Pipeline",
+    "custom_pipeline",
+    "reward_guided",
+]

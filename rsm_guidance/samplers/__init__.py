@@ -3,6 +3,8 @@
 from dataclasses import fields
 from typing import Any
 
+import yaml
+
 from rsm_guidance.core.transitions import Transition
 from rsm_guidance.samplers.base import Interrupted, Problem, Progress, Sampler, SamplerOutput
 from rsm_guidance.samplers.best_of_n import BestOfN
@@ -46,8 +48,44 @@ def make_sampler(name: str, **options: Any) -> Sampler:
     unknown = sorted(options.keys() - known)
     if unknown:
         raise ValueError(f"the sampler {name!r} has no option {unknown[0]!r}; it takes {', '.join(sorted(known))}")
-    sampler: Sampler = cls(**options)
+    try:
+        sampler: Sampler = cls(**options)
+    except TypeError as error:  # a text where a number belongs
+        raise ValueError(f"the sampler {name!r} cannot take {options}: {error}") from error
     return sampler
+
+
+def parse_sampler(text: str, **options: Any) -> Sampler:
+    """A sampler from "name:field=value:field=value", such as "stepwise:trajectories=2:transition=cps 0.8".
+
+    Values are YAML; a transition is its kind, and its noise (or, of glass, its inner levels) after a space.
+    """
+    name, *settings = text.split(":")
+    for setting in settings:
+        field, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"{setting!r} in {text!r} sets nothing; write field=value")
+        try:
+            options[field.strip()] = parse_transition(value) if field == "transition" else _value(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"cannot read {value!r} in {text!r}") from error
+    return make_sampler(name.strip(), **options)
+
+
+def parse_transition(text: str) -> Transition:
+    """A transition from its kind and, after a space, its noise (or, of glass, its inner levels)."""
+    kind, _, number = text.strip().partition(" ")
+    try:
+        if not number:
+            return Transition(kind)  # type: ignore[arg-type]
+        return Transition("glass", inner=int(number)) if kind == "glass" else Transition(kind, float(number))  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ValueError(f"cannot read the transition {text!r}: {error}") from error
+
+
+def _value(text: str) -> Any:
+    value = yaml.safe_load(text)
+    return tuple(value) if isinstance(value, list) else value
 
 
 __all__ = [
@@ -69,4 +107,6 @@ __all__ = [
     "TwistedSMC",
     "Unguided",
     "make_sampler",
+    "parse_sampler",
+    "parse_transition",
 ]

@@ -208,9 +208,13 @@ class SamplerOutput:
 
 
 class Sampler(Protocol):
-    """A frozen dataclass that is its own configuration."""
+    """A frozen dataclass that is its own configuration.
+
+    `scales` names the field that a larger budget raises, or is None.
+    """
 
     name: ClassVar[str]
+    scales: ClassVar[str | None]
 
     def sample(self, problem: Problem) -> SamplerOutput:
         """Solve a problem; see `SamplerOutput`."""

@@ -25,6 +25,7 @@ class BestOfN:
     """
 
     name: ClassVar[str] = "best-of-n"
+    scales: ClassVar[str] = "candidates"
     candidates: int = 4
     transition: Transition = Transition("scheduler")
     batch_rows: int = 64

@@ -60,6 +60,7 @@ class FKSteering:
     """
 
     name: ClassVar[str] = "fk-steering"
+    scales: ClassVar[str] = "particles"
     particles: int = 4
     temperature: float = 1.0
     potential: Literal["difference", "max", "sum"] = "difference"

@@ -35,6 +35,7 @@ class Funnel:
     """
 
     name: ClassVar[str] = "funnel"
+    scales: ClassVar[str] = "candidates"
     candidates: int = 8
     survivors: int = 2
     start: float = 0.1

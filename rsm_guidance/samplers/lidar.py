@@ -46,6 +46,7 @@ class Lidar:
     """
 
     name: ClassVar[str] = "lidar"
+    scales: ClassVar[str] = "candidates"
     candidates: int = 8
     lookahead_steps: int = 5
     strength: float = 1.0

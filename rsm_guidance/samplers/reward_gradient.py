@@ -58,6 +58,7 @@ class RewardGradient:
     """
 
     name: ClassVar[str] = "reward-gradient"
+    scales: ClassVar[str] = "trajectories"
     strength: float = 0.2
     push: Literal["mean", "drift", "noise", "velocity"] = "mean"
     scale: Literal["auto", "plain"] = "auto"

@@ -35,6 +35,7 @@ class RollingSelection:
     """
 
     name: ClassVar[str] = "rbf"
+    scales: ClassVar[str] = "candidates"
     candidates: int = 4
     threshold: float | None = None
     transition: Transition = Transition("cps", 0.9)

@@ -85,6 +85,7 @@ class Unguided:
     """
 
     name: ClassVar[str] = "none"
+    scales: ClassVar[None] = None
     transition: Transition = Transition("scheduler")
 
     def sample(self, problem: Problem) -> SamplerOutput:

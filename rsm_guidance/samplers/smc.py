@@ -50,6 +50,7 @@ class TwistedSMC:
     """
 
     name: ClassVar[str] = "smc"
+    scales: ClassVar[str] = "particles"
     particles: int = 4
     temperature: float = 1.0
     power: float = 0.0

@@ -38,6 +38,7 @@ class SVDD:
     """
 
     name: ClassVar[str] = "svdd"
+    scales: ClassVar[str] = "candidates"
     candidates: int = 4
     block: int = 1
     temperature: float = 0.0

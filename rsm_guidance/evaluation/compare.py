@@ -1,0 +1,323 @@
+"""Every sampler at every budget on the same prompts: `rsm-guidance compare`.
+
+Cost counts denoiser evaluations, classifier-free guidance twice, value models by their share of the depth and backward
+passes at twice what they differentiate.  A budget is a hard cap per image; within it each sampler is as large as a dry run
+says it may be.  All samplers share prompts, seeds and, unless they were given another one, the transition, so that
+differences are paired.
+
+Runs are cut into chunks of prompts, each written when it is done: an interrupted comparison goes on where it stopped, and
+under `accelerate launch` every process takes its share of the chunks.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from diffusers import DiffusionPipeline
+from matplotlib.figure import Figure
+from PIL import Image
+from tqdm.auto import tqdm
+
+from rsm_guidance.core.ledger import Budget
+from rsm_guidance.evaluation.files import write_atomically, write_image, write_json
+from rsm_guidance.evaluation.fitting import fit_to_budget
+from rsm_guidance.evaluation.generate import Generation, Sample, costs_of, fingerprint, generate, scores_of
+from rsm_guidance.evaluation.pictures import grid
+from rsm_guidance.evaluation.statistics import mean_interval
+from rsm_guidance.samplers import Sampler, Unguided
+from rsm_guidance.values import DiffusionRewardModel, Judge
+
+_SECOND = 1_000_003  # offset of the seed of second images
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared.
+
+    Attributes:
+        prompts: one image is made for each.
+        samplers: labels and samplers; `none` is one run, the others one per budget.
+        budgets: denoiser evaluations per image.
+        out: folder of the report.
+        seed: names all random numbers.
+        pairs: number of prompts that get a second image with another seed, whose distance from the first is the diversity.
+        shown: number of prompts in the picture.
+        batch_size: prompts per call; changes no image.
+        chunk: prompts per chunk of work.
+        autocast: run in bfloat16 autocast, which is faster on CPUs; figures are reported as such.
+    """
+
+    prompts: list[str]
+    samplers: dict[str, Sampler]
+    budgets: tuple[float, ...]
+    out: Path
+    seed: int = 0
+    pairs: int = 32
+    shown: int = 4
+    batch_size: int = 16
+    chunk: int = 64
+    autocast: bool = False
+
+
+@dataclass(frozen=True)
+class _Run:
+    label: str
+    budget: float | None
+    sampler: Sampler
+
+    @property
+    def key(self) -> str:
+        return self.label if self.budget is None else f"{self.label}@{self.budget:g}"
+
+
+def compare(
+    config: Comparison,
+    pipe: DiffusionPipeline,
+    generation: Generation,
+    guide: Judge,
+    monitor: Judge | None = None,
+) -> dict[str, Any]:
+    """Run what is missing, write report.json, curves.png and comparison.png, and return the report.
+
+    Args:
+        config: what to compare.
+        pipe: a reward-guided pipeline.
+        generation: arguments of its call.
+        guide: the reward that samplers maximise.
+        monitor: a reward that none of them sees.
+    """
+    costs = costs_of(pipe, generation, guide)
+    plan, skipped = [], {}
+    for label, sampler in config.samplers.items():
+        if isinstance(sampler, Unguided):
+            plan.append(_Run(label, None, sampler))
+            continue
+        for budget in config.budgets:
+            try:
+                plan.append(_Run(label, budget, fit_to_budget(sampler, budget, costs)))
+            except ValueError as error:
+                skipped[f"{label}@{budget:g}"] = str(error)
+    if skipped and not any(run.budget for run in plan):
+        raise ValueError(next(iter(skipped.values())))
+    settings = {
+        "steps": costs.schedule.steps, "unguided_cost": costs.once, "seed": config.seed, "autocast": config.autocast,
+        "guidance_scale": generation.guidance_scale, "denoiser": fingerprint(_denoiser(pipe)),
+        "guide": _named(guide), "monitor": None if monitor is None else _named(monitor),
+    }  # fmt: skip
+    state = PartialState()
+    chunks = [list(range(i, min(i + config.chunk, len(config.prompts)))) for i in range(0, len(config.prompts), config.chunk)]
+    work = [(run, chunk, second) for run in plan for chunk, second in _chunks(config, chunks)]
+    for run, chunk, second in tqdm(work[state.process_index :: state.num_processes], desc="compare", unit="chunk"):
+        _work(config, settings, run, chunk, second, pipe, generation, guide, monitor)
+    state.wait_for_everyone()
+    report: dict[str, Any] = {"settings": settings, "prompts": config.prompts, "skipped": skipped, "runs": {}}
+    for run in plan:
+        parts = [_read(config, settings, run, chunk, second) for chunk, second in _chunks(config, chunks)]
+        report["runs"][run.key] = _summary(config, run, [p for p in parts if p is not None])
+    _against_unguided(report)
+    if state.is_main_process:
+        write_json(config.out / "report.json", report)
+        write_atomically(config.out / "curves.png", lambda path: curves(report).savefig(path, dpi=130))
+        write_image(config.out / "comparison.png", _picture(config, plan))
+    state.wait_for_everyone()
+    return report
+
+
+def _denoiser(pipe: DiffusionPipeline) -> torch.nn.Module:
+    module: torch.nn.Module = getattr(pipe, "transformer", None) or pipe.unet
+    return module
+
+
+def _named(judge: Judge) -> str:
+    if isinstance(judge, DiffusionRewardModel):
+        return f"diffusion reward model {fingerprint(judge)}"
+    return getattr(judge, "__name__", type(judge).__name__)
+
+
+# --- chunks of work ---
+
+
+def _chunks(config: Comparison, chunks: list[list[int]]) -> Iterator[tuple[list[int], bool]]:
+    yield from ((chunk, False) for chunk in chunks)
+    second = list(range(min(config.pairs, len(config.prompts))))
+    if second:
+        yield second, True
+
+
+def _path(config: Comparison, run: _Run, chunk: list[int], second: bool) -> Path:
+    name = run.key.replace("/", "_").replace(" ", "_")
+    return config.out / "runs" / f"{name}.{'second' if second else f'{chunk[0]:05d}'}.json"
+
+
+def _asked(config: Comparison, settings: dict[str, Any], run: _Run, chunk: list[int]) -> dict[str, Any]:
+    prompts = [config.prompts[i] for i in chunk]
+    return {"settings": settings, "sampler": repr(run.sampler), "budget": run.budget, "prompts": prompts}
+
+
+def _read(
+    config: Comparison, settings: dict[str, Any], run: _Run, chunk: list[int], second: bool
+) -> dict[str, Any] | None:
+    """A finished chunk, or None if it is missing, damaged, or of other settings."""
+    path = _path(config, run, chunk, second)
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if found.get("asked") == _asked(config, settings, run, chunk) else None
+
+
+def _work(
+    config: Comparison,
+    settings: dict[str, Any],
+    run: _Run,
+    chunk: list[int],
+    second: bool,
+    pipe: DiffusionPipeline,
+    generation: Generation,
+    guide: Judge,
+    monitor: Judge | None,
+) -> None:
+    if _read(config, settings, run, chunk, second) is not None:
+        return
+    prompts = [config.prompts[i] for i in chunk]
+    seed = config.seed + _SECOND * second
+    cap = None if run.budget is None else Budget(evaluations=run.budget)
+    samples: list[Sample] = []
+    with torch.autocast(pipe.device.type, torch.bfloat16, enabled=config.autocast):
+        for batch in generate(pipe, prompts, run.sampler, guide, generation, seed, config.batch_size, cap):
+            samples += batch
+    samples.sort(key=lambda s: s.index)
+    images = torch.from_numpy(np.stack([np.asarray(s.image.convert("RGB")) for s in samples]))
+    watched = None if monitor is None else scores_of(monitor, images.permute(0, 3, 1, 2) / 255, prompts)
+    path = _path(config, run, chunk, second)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for s in samples:
+        if chunk[s.index] < max(config.shown, config.pairs):
+            write_image(path.with_name(f"{path.stem}.{chunk[s.index]:05d}.png"), s.image)
+    result = {
+        "asked": _asked(config, settings, run, chunk),
+        "reward": [s.reward for s in samples],
+        "monitor": watched,
+        "evaluations": [s.evaluations for s in samples],
+        "seconds": [s.seconds for s in samples],
+    }
+    write_json(path, result)
+
+
+# --- the report ---
+
+
+def _summary(config: Comparison, run: _Run, parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of one run, with 95% intervals over prompts."""
+    first = parts[: math.ceil(len(config.prompts) / config.chunk)]
+    columns = {name: [x for p in first for x in p[name]] for name in ("reward", "evaluations", "seconds")}
+    summary: dict[str, Any] = {
+        "sampler": repr(run.sampler),
+        "label": run.label,
+        "budget": run.budget,
+        "reward": _interval(columns["reward"]),
+        "evaluations": float(np.mean(columns["evaluations"])),
+        "seconds": float(np.mean(columns["seconds"])),
+        "rewards": [round(x, 4) for x in columns["reward"]],
+    }
+    if first[0]["monitor"] is not None:
+        watched = [x for p in first for x in p["monitor"]]
+        summary |= {"monitor": _interval(watched), "monitors": [round(x, 4) for x in watched]}
+    distances = [_distance(config, run, i) for i in range(min(config.pairs, len(config.prompts)))]
+    summary["diversity"] = _interval([d for d in distances if d is not None]) if any(distances) else None
+    return summary
+
+
+def _interval(values: list[float]) -> list[float]:
+    return [round(float(v), 5) for v in mean_interval(np.array(values, float))]
+
+
+def _image(config: Comparison, run: _Run, index: int, second: bool) -> Image.Image | None:
+    chunk = list(range(config.pairs)) if second else [index // config.chunk * config.chunk]
+    path = _path(config, run, chunk, second)
+    path = path.with_name(f"{path.stem}.{index:05d}.png")
+    if not path.exists():
+        return None
+    with Image.open(path) as file:
+        return file.convert("RGB")
+
+
+def _distance(config: Comparison, run: _Run, index: int) -> float | None:
+    """Root mean square difference, in [0, 1], of the two images of a prompt."""
+    pair = [_image(config, run, index, second) for second in (False, True)]
+    if pair[0] is None or pair[1] is None:
+        return None
+    a, b = (np.asarray(image, float) / 255 for image in pair if image is not None)
+    return float(np.sqrt(np.mean((a - b) ** 2)))
+
+
+def _against_unguided(report: dict[str, Any]) -> None:
+    """Gains over the first unguided run, paired, and the over-optimisation gap.
+
+    The gap is the gain of the guide minus that of the monitor, each in standard deviations of the unguided run.
+    """
+    base = next((r for r in report["runs"].values() if r["budget"] is None), None)
+    if base is None:
+        return
+    for run in report["runs"].values():
+        run["reward_gain"] = _interval(list(np.subtract(run["rewards"], base["rewards"])))
+        if "monitors" in run:
+            run["monitor_gain"] = _interval(list(np.subtract(run["monitors"], base["monitors"])))
+            spread = [float(np.std(base[name])) or 1.0 for name in ("rewards", "monitors")]
+            run["over_optimisation_gap"] = run["reward_gain"][0] / spread[0] - run["monitor_gain"][0] / spread[1]
+
+
+def curves(report: dict[str, Any]) -> Figure:
+    """Reward, and monitor where there is one, against denoiser evaluations and against seconds."""
+    rows = ["reward", "monitor"] if all("monitor" in r for r in report["runs"].values()) else ["reward"]
+    figure = Figure(figsize=(12.5, 4.3 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), 2, squeeze=False)
+    names = {"reward": f"guide: {report['settings']['guide']}", "monitor": f"monitor: {report['settings']['monitor']}"}
+    labels = list(dict.fromkeys(r["label"] for r in report["runs"].values()))
+    marks, colours = "os^Dv<>pXh*", [f"C{i}" for i in range(10)]
+    for row, quantity in enumerate(rows):
+        for column, (axis, unit) in enumerate((("evaluations", "denoiser evaluations"), ("seconds", "seconds"))):
+            ax = axes[row][column]
+            for i, label in enumerate(labels):
+                runs = sorted((r for r in report["runs"].values() if r["label"] == label), key=lambda r: r[axis])
+                y = np.array([r[quantity] for r in runs])
+                style = {"marker": marks[i % len(marks)], "color": colours[i % 10], "ms": 5, "lw": 1.2}
+                style |= {"ls": ("-", "--", ":")[i // 10 % 3]}
+                shift = 1 + 0.006 * (i - len(labels) / 2)  # apart, so that intervals can be told from each other
+                ax.errorbar(
+                    [r[axis] * shift for r in runs], y[:, 0], [y[:, 0] - y[:, 1], y[:, 2] - y[:, 0]],
+                    label=label, elinewidth=0.7, **style,
+                )  # fmt: skip
+            ax.set(xscale="log", xlabel=f"{unit} per image", ylabel=names[quantity][:48])
+            ax.grid(alpha=0.25)
+    axes[0][1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
+    return figure
+
+
+def _picture(config: Comparison, plan: list[_Run]) -> Image.Image:
+    """The first prompts (rows) under every sampler (columns) at its largest budget."""
+    last = {run.label: run for run in plan}
+    rows = []
+    for index in range(min(config.shown, len(config.prompts))):
+        images = [_image(config, run, index, False) or Image.new("RGB", (64, 64), "white") for run in last.values()]
+        rows.append([(image, config.prompts[index] if i == 0 else "") for i, image in enumerate(images)])
+    return grid(rows, 128, [run.key for run in last.values()])
+
+
+def table(report: dict[str, Any], monitor_name: str = "monitor") -> str:
+    """The report as a Markdown table, one row per run."""
+    watched = all("monitor" in r for r in report["runs"].values())
+    head = ["sampler", "evaluations", *([monitor_name] if watched else []), "guide", "diversity", "s/image"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    show: Callable[[list[float]], str] = lambda v: f"{v[0]:.3f} [{v[1]:.3f}, {v[2]:.3f}]"  # noqa: E731
+    for key, r in report["runs"].items():
+        cells = [key, f"{r['evaluations']:.0f}", *([show(r["monitor"])] if watched else []), f"{r['reward'][0]:.2f}"]
+        cells += ["" if r["diversity"] is None else f"{r['diversity'][0]:.3f}", f"{r['seconds']:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)

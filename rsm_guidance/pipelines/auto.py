@@ -1,0 +1,92 @@
+"""`RewardGuidedPipeline`: the reward-guided class of a saved pipeline, or of one already loaded, found by itself."""
+
+import os
+from pathlib import Path
+from typing import Any, NoReturn
+
+import diffusers
+from diffusers import DiffusionPipeline
+
+from rsm_guidance.engine.denoiser import require_drivable
+from rsm_guidance.engine.families import why_not
+from rsm_guidance.pipelines.guided import reward_guided
+
+_WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+
+
+class RewardGuidedPipeline:
+    """Picks the reward-guided class, as diffusers' `AutoPipelineFor...` pick stock ones.
+
+    The class is the one that was saved.  For another task with the same modules (image to image, ControlNet) take that
+    class by its name: `rsm_guidance.pipelines.RewardGuided<Name>`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        name = type(self).__name__
+        raise OSError(
+            f"{name} only picks a class and has no instances; use {name}.from_pretrained(model) or {name}.from_pipe(pipe)"
+        )
+
+    @classmethod
+    def from_pretrained(cls, model: str | os.PathLike[str], **kwargs: Any) -> DiffusionPipeline:
+        """Load a pipeline as its reward-guided class.
+
+        Args:
+            model: folder, or hub id (org/name).
+            kwargs: those of the stock class's `from_pretrained`, except `custom_pipeline`.
+
+        Raises:
+            ValueError: before any weights are read, if there is no such pipeline, or none that can be guided.
+        """
+        if kwargs.get("custom_pipeline") is not None:
+            raise ValueError(f"{cls.__name__} picks the class by itself; leave custom_pipeline out")
+        base, _ = stock_class(model, **{name: kwargs[name] for name in _WHERE if name in kwargs})
+        reason = why_not(base)
+        if reason is not None:
+            raise ValueError(f"{os.fspath(model)} is a {base.__name__}, which cannot be guided: {reason}")
+        pipe: DiffusionPipeline = reward_guided(base).from_pretrained(model, **kwargs)
+        return pipe
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> DiffusionPipeline:
+        """Share the modules of a pipeline, stock or already guided, in their own dtype.
+
+        Raises:
+            ValueError: if it cannot be guided.
+        """
+        require_drivable(pipeline)
+        guided = next((c for c in type(pipeline).__mro__ if "stock_call" in vars(c)), None)
+        pipe: DiffusionPipeline = (guided or reward_guided(type(pipeline))).from_pipe(pipeline, **kwargs)
+        return pipe
+
+
+def stock_class(model: str | os.PathLike[str], **where: Any) -> tuple[type[DiffusionPipeline], dict[str, Any]]:
+    """The stock class of a saved pipeline, and its configuration, which alone is read.
+
+    Args:
+        model: folder, or hub id (org/name).
+        where: arguments of `DiffusionPipeline.load_config` (revision, token, ...).
+
+    Raises:
+        ValueError: if it is no pipeline, or one that diffusers does not export.
+    """
+    model = os.fspath(model)
+    if not Path(model).is_dir() and not (model.count("/") == 1 and model[0] not in "./~"):
+        raise ValueError(
+            f"cannot load a pipeline from {model!r}: there is no such folder, and it is no hub id (org/name)"
+        )
+    try:
+        config = DiffusionPipeline.load_config(model, **where)
+        entry = config["_class_name"]
+    except (OSError, KeyError) as error:
+        raise ValueError(
+            f"cannot load a pipeline from {model!r}, which is none of diffusers: {str(error).strip().splitlines()[0]}"
+        ) from error
+    name = entry if isinstance(entry, str) else entry[-1]  # a class in a file of the repository is [file, class]
+    base = getattr(diffusers, name, None)
+    if not (isinstance(base, type) and issubclass(base, DiffusionPipeline)):
+        raise ValueError(
+            f"{model} is a {name}, which diffusers {diffusers.__version__} does not export; load it in Python and pass it "
+            "to RewardGuidedPipeline.from_pipe"
+        )
+    return base, config

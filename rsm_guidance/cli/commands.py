@@ -22,7 +22,7 @@ from rsm_guidance.evaluation.files import (
     write_json,
 )
 from rsm_guidance.evaluation.generate import Generation, generate, load_pipeline, scores_of
-from rsm_guidance.rewards import shapes_verifier
+from rsm_guidance.rewards import shapes_correct, shapes_verifier
 from rsm_guidance.samplers import SAMPLERS, Progress, Sampler
 from rsm_guidance.shapes.render import IMAGE_SIZE
 from rsm_guidance.values import DiffusionRewardModel, load_judge, load_value
@@ -118,7 +118,7 @@ class Compare:
     guide: str | None = None
     """What guides; default: --reward."""
     monitor: str | None = None
-    """A reward that no sampler sees, reported beside the guide."""
+    """Rewards that no sampler sees, separated by commas, reported beside the guide; the first is in the curves."""
     out: Path = Path("report")
     """Folder for report.json, curves.png and comparison.png; a comparison found in it goes on."""
     images: int = 4
@@ -162,10 +162,10 @@ class Compare:
                 batch_size=self.batch_size, autocast=self.autocast,
             ),
             pipe, generation, judge if self.guide is None else load_judge(self.guide),
-            None if self.monitor is None else load_judge(self.monitor),
+            {name: load_judge(name) for name in _listed(self.monitor or "")},
         )  # fmt: skip
         for key, run in report["runs"].items():
-            shown = {k: run[k] for k in ("reward", "monitor", "evaluations", "seconds", "diversity") if k in run}
+            shown = {k: run[k] for k in ("reward", "monitors", "evaluations", "seconds", "diversity") if k in run}
             _say({"run": key, "sampler": run["label"], "images": len(prompts), **shown})
         for key, reason in report["skipped"].items():
             _say({"skipped": key, "reason": reason})
@@ -199,7 +199,7 @@ class Score:
         size: tuple[int, int] | None = None
         if isinstance(judge, DiffusionRewardModel):
             size = (judge.image_size, judge.image_size)
-        elif judge is shapes_verifier:
+        elif judge in (shapes_verifier, shapes_correct):
             size = (IMAGE_SIZE, IMAGE_SIZE)
         for path, image in [(p, read_image(p, size)) for p in self.images]:
             [score] = scores_of(judge, image, [self.prompt])

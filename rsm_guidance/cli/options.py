@@ -20,7 +20,7 @@ class ModelOptions:
     model: Annotated[str, tyro.conf.arg(aliases=["--pipeline"])] = "shapes"
     """Hub id or folder of a diffusers pipeline; "shapes" is the embedded one."""
     reward: str = "shapes-drm"
-    """A name (shapes-drm, shapes-verifier), the folder or hub id of a diffusion reward model, or package.module:object."""
+    """A name (shapes-drm, shapes-verifier, shapes-correct), the folder or hub id of a diffusion reward model, or package.module:object."""
     steps: int | None = None
     """Denoising steps; default: the model's own."""
     guidance_scale: float | None = None

@@ -8,7 +8,9 @@ from typing import Any
 import yaml
 
 from rsm_guidance.evaluation.benchmark import SamplersBenchmark, run_samplers_benchmark, table
+from rsm_guidance.evaluation.calibration import ValuesBenchmark, run_values_benchmark, values_table
 from rsm_guidance.evaluation.engine_benchmark import EngineBenchmark, engine_table, run_engine_benchmark
+from rsm_guidance.evaluation.exactness import ExactnessBenchmark, exactness_table, run_exactness_benchmark
 from rsm_guidance.evaluation.files import require_writable
 from rsm_guidance.training.judges import JudgesBenchmark, judges_table, run_judges_benchmark
 from rsm_guidance.training.reward import RewardTrainConfig, train_reward
@@ -82,8 +84,32 @@ class Engine(EngineBenchmark):
         print(engine_table(run_engine_benchmark(self)))
 
 
+@dataclass(frozen=True)
+class Values(ValuesBenchmark):
+    """Calibration of value estimators: how well each foretells the final reward, per noise level.
+
+    rsm-guidance benchmark values --out values.json
+    """
+
+    def run(self) -> None:
+        require_writable(self.out)
+        print(values_table(run_values_benchmark(self)))
+
+
+@dataclass(frozen=True)
+class Exactness(ExactnessBenchmark):
+    """Errors of the samplers that claim the tilted posterior, against the exact answer on Gaussian mixtures.
+
+    rsm-guidance benchmark exactness --out exactness.json
+    """
+
+    def run(self) -> None:
+        require_writable(self.out)
+        print(exactness_table(run_exactness_benchmark(self)))
+
+
 TRAIN = {"reward": Reward, "base": Base}
-BENCHMARK = {"samplers": Samplers, "judges": Judges, "engine": Engine}
+BENCHMARK = {"samplers": Samplers, "judges": Judges, "engine": Engine, "values": Values, "exactness": Exactness}
 
 
 def with_config(arguments: list[str]) -> list[str]:

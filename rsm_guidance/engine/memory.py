@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 T = TypeVar("T")
@@ -31,7 +32,7 @@ class MicroBatch:
             try:
                 results.append(call(piece))
             except Exception as error:
-                if not should_reduce_batch_size(error):
+                if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
                     raise
                 rows = piece.stop - start
                 if rows <= 1:

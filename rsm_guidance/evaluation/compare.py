@@ -81,7 +81,7 @@ def compare(
     pipe: DiffusionPipeline,
     generation: Generation,
     guide: Judge,
-    monitor: Judge | None = None,
+    monitors: dict[str, Judge] | None = None,
 ) -> dict[str, Any]:
     """Run what is missing, write report.json, curves.png and comparison.png, and return the report.
 
@@ -90,7 +90,7 @@ def compare(
         pipe: a reward-guided pipeline.
         generation: arguments of its call.
         guide: the reward that samplers maximise.
-        monitor: a reward that none of them sees.
+        monitors: rewards that none of them sees, by name.
     """
     costs = costs_of(pipe, generation, guide)
     plan, skipped = [], {}
@@ -108,13 +108,13 @@ def compare(
     settings = {
         "steps": costs.schedule.steps, "unguided_cost": costs.once, "seed": config.seed, "autocast": config.autocast,
         "guidance_scale": generation.guidance_scale, "denoiser": fingerprint(_denoiser(pipe)),
-        "guide": _named(guide), "monitor": None if monitor is None else _named(monitor),
+        "guide": _named(guide), "monitors": {name: _named(judge) for name, judge in (monitors or {}).items()},
     }  # fmt: skip
     state = PartialState()
     chunks = [list(range(i, min(i + config.chunk, len(config.prompts)))) for i in range(0, len(config.prompts), config.chunk)]
     work = [(run, chunk, second) for run in plan for chunk, second in _chunks(config, chunks)]
     for run, chunk, second in tqdm(work[state.process_index :: state.num_processes], desc="compare", unit="chunk"):
-        _work(config, settings, run, chunk, second, pipe, generation, guide, monitor)
+        _work(config, settings, run, chunk, second, pipe, generation, guide, monitors or {})
     state.wait_for_everyone()
     report: dict[str, Any] = {"settings": settings, "prompts": config.prompts, "skipped": skipped, "runs": {}}
     for run in plan:
@@ -181,7 +181,7 @@ def _work(
     pipe: DiffusionPipeline,
     generation: Generation,
     guide: Judge,
-    monitor: Judge | None,
+    monitors: dict[str, Judge],
 ) -> None:
     if _read(config, settings, run, chunk, second) is not None:
         return
@@ -194,7 +194,7 @@ def _work(
             samples += batch
     samples.sort(key=lambda s: s.index)
     images = torch.from_numpy(np.stack([np.asarray(s.image.convert("RGB")) for s in samples]))
-    watched = None if monitor is None else scores_of(monitor, images.permute(0, 3, 1, 2) / 255, prompts)
+    pixels = images.permute(0, 3, 1, 2) / 255
     path = _path(config, run, chunk, second)
     path.parent.mkdir(parents=True, exist_ok=True)
     for s in samples:
@@ -203,7 +203,7 @@ def _work(
     result = {
         "asked": _asked(config, settings, run, chunk),
         "reward": [s.reward for s in samples],
-        "monitor": watched,
+        "monitors": {name: scores_of(judge, pixels, prompts) for name, judge in monitors.items()},
         "evaluations": [s.evaluations for s in samples],
         "seconds": [s.seconds for s in samples],
     }
@@ -226,9 +226,8 @@ def _summary(config: Comparison, run: _Run, parts: list[dict[str, Any]]) -> dict
         "seconds": float(np.mean(columns["seconds"])),
         "rewards": [round(x, 4) for x in columns["reward"]],
     }
-    if first[0]["monitor"] is not None:
-        watched = [x for p in first for x in p["monitor"]]
-        summary |= {"monitor": _interval(watched), "monitors": [round(x, 4) for x in watched]}
+    watched = {name: [round(x, 4) for p in first for x in p["monitors"][name]] for name in first[0]["monitors"]}
+    summary |= {"monitored": watched, "monitors": {name: _interval(scores) for name, scores in watched.items()}}
     distances = [_distance(config, run, i) for i in range(min(config.pairs, len(config.prompts)))]
     summary["diversity"] = _interval([d for d in distances if d is not None]) if any(distances) else None
     return summary
@@ -260,25 +259,28 @@ def _distance(config: Comparison, run: _Run, index: int) -> float | None:
 def _against_unguided(report: dict[str, Any]) -> None:
     """Gains over the first unguided run, paired, and the over-optimisation gap.
 
-    The gap is the gain of the guide minus that of the monitor, each in standard deviations of the unguided run.
+    The gap is the gain of the guide minus that of the first monitor, each in standard deviations of the unguided run.
     """
     base = next((r for r in report["runs"].values() if r["budget"] is None), None)
     if base is None:
         return
     for run in report["runs"].values():
         run["reward_gain"] = _interval(list(np.subtract(run["rewards"], base["rewards"])))
-        if "monitors" in run:
-            run["monitor_gain"] = _interval(list(np.subtract(run["monitors"], base["monitors"])))
-            spread = [float(np.std(base[name])) or 1.0 for name in ("rewards", "monitors")]
-            run["over_optimisation_gap"] = run["reward_gain"][0] / spread[0] - run["monitor_gain"][0] / spread[1]
+        watched = base["monitored"]
+        run["monitor_gain"] = {n: _interval(list(np.subtract(run["monitored"][n], watched[n]))) for n in watched}
+        if watched:
+            first = next(iter(watched))
+            spread = [float(np.std(values)) or 1.0 for values in (base["rewards"], watched[first])]
+            run["over_optimisation_gap"] = run["reward_gain"][0] / spread[0] - run["monitor_gain"][first][0] / spread[1]
 
 
 def curves(report: dict[str, Any]) -> Figure:
-    """Reward, and monitor where there is one, against denoiser evaluations and against seconds."""
-    rows = ["reward", "monitor"] if all("monitor" in r for r in report["runs"].values()) else ["reward"]
+    """Reward, and the first monitor where there is one, against denoiser evaluations and against seconds."""
+    watched = list(report["settings"]["monitors"])[:1]
+    rows = [*watched, "reward"]
     figure = Figure(figsize=(12.5, 4.3 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), 2, squeeze=False)
-    names = {"reward": f"guide: {report['settings']['guide']}", "monitor": f"monitor: {report['settings']['monitor']}"}
+    names = {name: f"monitor: {name}" for name in watched} | {"reward": f"guide: {report['settings']['guide']}"}
     labels = list(dict.fromkeys(r["label"] for r in report["runs"].values()))
     marks, colours = "os^Dv<>pXh*", [f"C{i}" for i in range(10)]
     for row, quantity in enumerate(rows):
@@ -286,7 +288,7 @@ def curves(report: dict[str, Any]) -> Figure:
             ax = axes[row][column]
             for i, label in enumerate(labels):
                 runs = sorted((r for r in report["runs"].values() if r["label"] == label), key=lambda r: r[axis])
-                y = np.array([r[quantity] for r in runs])
+                y = np.array([r["reward"] if quantity == "reward" else r["monitors"][quantity] for r in runs])
                 style = {"marker": marks[i % len(marks)], "color": colours[i % 10], "ms": 5, "lw": 1.2}
                 style |= {"ls": ("-", "--", ":")[i // 10 % 3]}
                 shift = 1 + 0.006 * (i - len(labels) / 2)  # apart, so that intervals can be told from each other
@@ -310,14 +312,14 @@ def _picture(config: Comparison, plan: list[_Run]) -> Image.Image:
     return grid(rows, 128, [run.key for run in last.values()])
 
 
-def table(report: dict[str, Any], monitor_name: str = "monitor") -> str:
+def table(report: dict[str, Any]) -> str:
     """The report as a Markdown table, one row per run."""
-    watched = all("monitor" in r for r in report["runs"].values())
-    head = ["sampler", "evaluations", *([monitor_name] if watched else []), "guide", "diversity", "s/image"]
+    watched = list(report["settings"]["monitors"])
+    head = ["sampler", "evaluations", *watched, "guide", "diversity", "s/image"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     show: Callable[[list[float]], str] = lambda v: f"{v[0]:.3f} [{v[1]:.3f}, {v[2]:.3f}]"  # noqa: E731
     for key, r in report["runs"].items():
-        cells = [key, f"{r['evaluations']:.0f}", *([show(r["monitor"])] if watched else []), f"{r['reward'][0]:.2f}"]
+        cells = [key, f"{r['evaluations']:.0f}", *(show(r["monitors"][n]) for n in watched), f"{r['reward'][0]:.2f}"]
         cells += ["" if r["diversity"] is None else f"{r['diversity'][0]:.3f}", f"{r['seconds']:.2f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

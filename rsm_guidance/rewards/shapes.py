@@ -1,4 +1,4 @@
-"""The verifier of the shapes world as a reward: graded credit in [0, 1] per image; not differentiable."""
+"""The verifier of the shapes world as a reward, graded or strict; not differentiable."""
 
 import torch
 from torch import Tensor
@@ -19,3 +19,9 @@ def shapes_verifier(images: Tensor, prompts: list[str]) -> Tensor:
     """
     pairs = zip(to_uint8(images).numpy(), prompts, strict=True)
     return torch.tensor([verify(image, prompt).score for image, prompt in pairs], dtype=torch.float64)
+
+
+def shapes_correct(images: Tensor, prompts: list[str]) -> Tensor:
+    """1 where an image shows exactly what its caption says, else 0; errors as in `shapes_verifier`."""
+    pairs = zip(to_uint8(images).numpy(), prompts, strict=True)
+    return torch.tensor([float(verify(image, prompt).correct) for image, prompt in pairs], dtype=torch.float64)

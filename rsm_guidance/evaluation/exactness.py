@@ -1,0 +1,228 @@
+"""Samplers against the exact tilted posterior of Gaussian mixtures: `rsm-guidance benchmark exactness`.
+
+Per case, schedule, value and number of particles: the error of E[r], of log Z and of the mode weights, with standard errors
+over independent prompts.  What remains at many particles is the discretisation of the chain.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from rsm_guidance.core.ledger import Ledger
+from rsm_guidance.core.mixture import (
+    GaussianMixture,
+    GaussianMixtureDenoiser,
+    QuadraticReward,
+    expected_reward,
+    tilt,
+    value,
+)
+from rsm_guidance.core.random import RandomStreams
+from rsm_guidance.core.schedule import NoiseSchedule, Prediction
+from rsm_guidance.core.transitions import Transition
+from rsm_guidance.evaluation.files import write_atomically, write_json
+from rsm_guidance.samplers import BestOfN, FKSteering, Problem, Sampler, SamplerOutput, TwistedSMC
+
+_ANCESTRAL = Transition("ddim", 1.0)
+
+
+def _ring(count: int, radius: float) -> list[list[float]]:
+    angles = [2 * math.pi * k / count for k in range(count)]
+    return [[radius * math.cos(a), radius * math.sin(a)] for a in angles]
+
+
+def _random(seed: int) -> tuple[GaussianMixture, QuadraticReward]:
+    generator = torch.Generator().manual_seed(seed)
+    means = 3 * torch.randn(5, 3, generator=generator, dtype=torch.float64)
+    weights = torch.rand(5, generator=generator, dtype=torch.float64) + 0.1
+    center = torch.randn(3, generator=generator, dtype=torch.float64)
+    return GaussianMixture(weights.log(), means, torch.tensor(0.4)), QuadraticReward.around(center, 0.15)
+
+
+CASES: dict[str, tuple[GaussianMixture, QuadraticReward]] = {
+    "grid": (
+        GaussianMixture.from_weights([1 / 9] * 9, [[x, y] for x in (-4.0, 0.0, 4.0) for y in (-4.0, 0.0, 4.0)], 0.3),
+        QuadraticReward.around([0.0, 0.0], [0.01, 1.0]),
+    ),
+    "ring": (
+        GaussianMixture.from_weights([1 / 8] * 8, _ring(8, 4.0), 0.3),
+        QuadraticReward.around([0.0, 1.0], [1.0, 0.1]),
+    ),
+    "linear": (
+        GaussianMixture.from_weights([0.5, 0.5], [[-2.0], [2.0]], 0.25),
+        QuadraticReward(torch.tensor([1.0]), torch.tensor([0.0])),
+    ),
+    "random": _random(0),
+}
+
+
+@dataclass(frozen=True)
+class ExactnessBenchmark:
+    """Errors against the exact answer, as particles grow.
+
+    Attributes:
+        out: JSON file for the result; a plot of the same name lies beside it.
+        particles: numbers of particles.
+        cases: names of mixtures.
+        steps: levels of the schedules.
+        work: particles in all prompts of one cell together; there are at least 50 prompts.
+        seed: names all random numbers.
+    """
+
+    out: Path = Path("exactness.json")
+    particles: tuple[int, ...] = (4, 16, 64, 256)
+    cases: tuple[str, ...] = tuple(CASES)
+    steps: int = 100
+    work: int = 12_800
+    seed: int = 0
+
+
+class _MixtureValue:
+    """V in closed form, or the reward of the posterior mean (Tweedie)."""
+
+    evaluations_per_row = 0.0
+    reward_calls_per_row = 0
+
+    def __init__(self, denoiser: GaussianMixtureDenoiser, reward: QuadraticReward, exact: bool) -> None:
+        self._denoiser, self._reward, self._exact = denoiser, reward, exact
+        self.reads_prediction = not exact
+
+    def __call__(self, x: Tensor, level: int, rows: Tensor, prediction: Prediction | None = None) -> Tensor:
+        denoiser = self._denoiser
+        if self._exact:
+            return value(denoiser.mixture, self._reward, x.double(), *denoiser.schedule.coefficients(level))
+        if level == denoiser.steps:
+            return self._reward(x)
+        return self._reward((prediction or denoiser.predict(x, level)).x0)
+
+
+Sized = Callable[[int], Sampler]
+EXACT: dict[str, Sized] = {
+    "fk-steering": lambda k: FKSteering(k, returned="sample", transition=_ANCESTRAL),
+    "fk-steering, vasr": lambda k: FKSteering(k, threshold=1.0, returned="sample", transition=_ANCESTRAL),
+    "smc": lambda k: TwistedSMC(k, returned="sample", transition=_ANCESTRAL),
+}
+GREEDY: dict[str, Sized] = {"best-of-n (greedy)": lambda k: BestOfN(k, _ANCESTRAL)}
+
+
+def mixture_problem(
+    case: str, schedule: NoiseSchedule, prompts: int, exact: bool, seed: int = 0
+) -> tuple[Problem, GaussianMixture, QuadraticReward]:
+    """A sampling task on a case, with its mixture and reward."""
+    mixture, reward = CASES[case]
+    names = [f"point {i}" for i in range(prompts)]
+    denoiser = GaussianMixtureDenoiser(mixture, schedule, names, seed)
+    ledger = Ledger(images=prompts)
+    streams = RandomStreams.for_prompts(seed, names)
+    task = Problem(denoiser, streams, ledger, lambda x, p: reward(x), _MixtureValue(denoiser, reward, exact))
+    return task, mixture, reward
+
+
+def errors(output: SamplerOutput, mixture: GaussianMixture, reward: QuadraticReward) -> dict[str, Any]:
+    """Errors (estimate - exact) and standard errors of E[r] and log Z, and the total variation of the mode weights."""
+    tilted, log_z = tilt(mixture, reward)
+    candidates = output.trace["candidates"]
+    rewards = torch.tensor(candidates["rewards"], dtype=torch.float64)
+    if output.log_normalizer is None:  # greedy: what it returns is its answer
+        assert output.rewards is not None
+        means = output.rewards
+    else:
+        means = (torch.tensor(candidates["log_weights"], dtype=torch.float64).exp() * rewards).sum(1)
+    count = len(means)
+    nearest = tilted.component_log_prob(output.latents.double()).argmax(1)
+    weights = torch.bincount(nearest, minlength=len(tilted.weights)).double() / count
+    found = {
+        "reward_error": float(means.mean() - expected_reward(tilted, reward)),
+        "reward_standard_error": float(means.std() / count**0.5),
+        "mode_total_variation": float((weights - tilted.weights).abs().sum() / 2),
+        "mode_noise": float((tilted.weights * (1 - tilted.weights) / count).sqrt().sum() / math.sqrt(2 * math.pi)),
+    }
+    if output.log_normalizer is not None:
+        z = output.log_normalizer.exp()
+        found["log_z_error"] = float(z.mean().log() - log_z)
+        found["log_z_standard_error"] = float(z.std() / z.mean() / count**0.5)
+    return found
+
+
+def run_exactness_benchmark(config: ExactnessBenchmark) -> dict[str, Any]:
+    """Run every cell, write JSON and plot, and return the result.
+
+    Raises:
+        ValueError: for an unknown case.
+    """
+    unknown = sorted(set(config.cases) - CASES.keys())
+    if unknown:
+        raise ValueError(f"unknown case {unknown[0]!r}; choose from {', '.join(CASES)}")
+    schedules = {
+        "flow": NoiseSchedule.flow(config.steps),
+        "vp": NoiseSchedule.variance_preserving(config.steps),
+    }
+    cells = [
+        (case, schedule, exact, name, k)
+        for case in config.cases
+        for schedule in schedules
+        for exact in (True, False)
+        for name in (*EXACT, *(GREEDY if exact else ()))
+        for k in config.particles
+    ]
+    rows = []
+    for case, schedule, exact, name, k in tqdm(cells, desc="exactness", unit="cell"):
+        prompts = max(50, config.work // k)
+        task, mixture, reward = mixture_problem(case, schedules[schedule], prompts, exact, config.seed)
+        output = (EXACT | GREEDY)[name](k).sample(task)
+        kind = "exact" if exact else "tweedie"
+        cell = {"case": case, "schedule": schedule, "value": kind, "sampler": name, "particles": k, "prompts": prompts}
+        rows.append(cell | errors(output, mixture, reward))
+    result = {"steps": config.steps, "seed": config.seed, "cells": rows}
+    write_json(config.out, result)
+    write_atomically(config.out.with_suffix(".png"), lambda path: plot(result).savefig(path, dpi=130))
+    return result
+
+
+def _mean_over_cases(result: dict[str, Any], key: str) -> dict[tuple[str, str], list[tuple[int, float, float]]]:
+    """Particles, mean absolute error and worst error in standard errors, per sampler and value."""
+    lines: dict[tuple[str, str], list[tuple[int, float, float]]] = {}
+    cells = [c for c in result["cells"] if f"{key}_error" in c]
+    for name, kind in dict.fromkeys((c["sampler"], c["value"]) for c in cells):
+        mine = [c for c in cells if (c["sampler"], c["value"]) == (name, kind)]
+        for k in sorted({c["particles"] for c in mine}):
+            at = [c for c in mine if c["particles"] == k]
+            sizes = [abs(c[f"{key}_error"]) for c in at]
+            deviations = [abs(c[f"{key}_error"]) / max(c[f"{key}_standard_error"], 1e-12) for c in at]
+            lines.setdefault((name, kind), []).append((k, float(np.mean(sizes)), float(np.max(deviations))))
+    return lines
+
+
+def plot(result: dict[str, Any]) -> Figure:
+    """Mean absolute errors over cases and schedules, against particles."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    for axis, key, title in zip(figure.subplots(1, 2), ("reward", "log_z"), ("E[r]", "log Z"), strict=True):
+        for i, ((name, kind), points) in enumerate(_mean_over_cases(result, key).items()):
+            style = "-" if kind == "exact" else "--"
+            axis.plot([p[0] for p in points], [p[1] for p in points], style, marker="os^Dv"[i % 5], ms=4,
+                      label=f"{name}, {kind} value")  # fmt: skip
+        axis.set(xscale="log", yscale="log", xlabel="particles per prompt", title=f"mean absolute error of {title}")
+        axis.grid(alpha=0.25, which="both")
+        axis.legend(fontsize=7)
+    return figure
+
+
+def exactness_table(result: dict[str, Any]) -> str:
+    """Mean absolute errors over cases and schedules, as a Markdown table."""
+    rewards, normalizers = _mean_over_cases(result, "reward"), _mean_over_cases(result, "log_z")
+    sizes = sorted({c["particles"] for c in result["cells"]})
+    lines = ["| sampler | value | " + " | ".join(f"E[r], K={k}" for k in sizes) + " | " + " | ".join(f"log Z, K={k}" for k in sizes) + " |"]
+    lines.append("|---|---|" + "---|" * (2 * len(sizes)))
+    for (name, kind), points in rewards.items():
+        other = normalizers.get((name, kind))
+        cells = [f"{p[1]:.3f}" for p in points] + ([f"{p[1]:.3f}" for p in other] if other else [""] * len(sizes))
+        lines.append(f"| {name} | {kind} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,115 @@
+"""The comparison: equal budgets, resumption, several processes, and what it reports."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+import rsm_guidance as rg
+from rsm_guidance.cli.main import main
+from rsm_guidance.evaluation import compare as module
+from rsm_guidance.evaluation.compare import Comparison, compare, table
+from rsm_guidance.evaluation.generate import Generation
+from rsm_guidance.rewards import REWARDS
+from rsm_guidance.samplers import parse_sampler
+
+PROMPTS = ["a red star", "two blue circles", "a green cross", "a yellow square", "a photo of a purple cross"]
+NAMES = ["none", "best-of-n", "stepwise:trajectories=2"]
+MONITORS = {"shapes-correct": REWARDS["shapes-correct"]}
+
+
+def comparison(out: Path, **options: Any) -> Comparison:
+    samplers = {name: parse_sampler(name) for name in NAMES}
+    return Comparison(PROMPTS, samplers, (30.0, 50.0), out, pairs=2, shown=2, batch_size=2, chunk=2, **options)
+
+
+def test_it_reports_every_run_within_its_budget(
+    guided: DiffusionPipeline, drm: rg.DiffusionRewardModel, tmp_path: Path
+) -> None:
+    report = compare(comparison(tmp_path), guided, Generation(5, 3.0), drm, MONITORS)
+    assert list(report["runs"]) == ["none", *(f"{n}@{b}" for n in NAMES[1:] for b in (30, 50))]
+    for run in report["runs"].values():
+        assert len(run["rewards"]) == len(run["monitored"]["shapes-correct"]) == 5
+        assert run["budget"] is None or run["evaluations"] <= run["budget"]
+        mean, low, high = run["reward"]
+        assert low <= mean <= high and run["diversity"][0] > 0
+    assert report["runs"]["best-of-n@50"]["evaluations"] > report["runs"]["best-of-n@30"]["evaluations"]
+    assert report["runs"]["none"]["reward_gain"] == [0, 0, 0]
+    assert json.loads((tmp_path / "report.json").read_text()) == json.loads(json.dumps(report))
+    assert table(report).count("\n") == 6 and "shapes-correct" in table(report)
+    for name in ("curves.png", "comparison.png"):
+        assert Image.open(tmp_path / name).size[0] > 300
+
+
+def test_an_interrupted_comparison_goes_on_without_redoing_what_is_done(
+    guided: DiffusionPipeline, drm: rg.DiffusionRewardModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = compare(comparison(tmp_path / "whole"), guided, Generation(5, 3.0), drm)
+    calls: list[int] = []
+    generate = module.generate
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(module, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compare(comparison(tmp_path / "part"), guided, Generation(5, 3.0), drm)
+    assert not (tmp_path / "part" / "report.json").exists()
+    damaged = next((tmp_path / "part" / "runs").glob("*.json"))
+    damaged.write_text("{")
+    calls[:] = [0] * 10
+    resumed = compare(comparison(tmp_path / "part"), guided, Generation(5, 3.0), drm)
+    assert len(calls) - 10 == 20 - 3 + 1, "three chunks were done, one of them was damaged"
+    for key, run in whole["runs"].items():
+        assert resumed["runs"][key]["rewards"] == run["rewards"]
+    calls[:] = [0] * 10
+    compare(comparison(tmp_path / "part"), guided, Generation(5, 3.0), drm)
+    assert len(calls) == 10, "everything was there"
+    compare(comparison(tmp_path / "part", seed=1), guided, Generation(5, 3.0), drm)
+    assert len(calls) == 30, "another seed is another comparison"
+
+
+@pytest.mark.slow
+def test_processes_share_the_work(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    arguments = ["compare", "--prompts", str(prompts), "--samplers", "none,best-of-n", "--budgets", "30", "--steps", "5"]
+    arguments += ["--monitor", "shapes-correct", "--pairs", "2", "--out"]
+    main([*arguments, str(tmp_path / "one")])
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += ["-m", "rsm_guidance", *arguments, str(tmp_path / "two")]
+    done = subprocess.run(launch, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (json.loads((tmp_path / n / "report.json").read_text()) for n in ("one", "two"))
+    for key, run in one["runs"].items():
+        assert two["runs"][key]["rewards"] == pytest.approx(run["rewards"], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give one prompt, or --prompts"),
+        (["a star", "--prompts", "p.txt"], "give one prompt, or --prompts"),
+        (["--prompts", "missing.txt"], "cannot read the prompts file"),
+        (["a star", "--budgets", "80,many"], "--budgets takes numbers"),
+        (["a star", "--budgets", "5"], "is less than the"),
+        (["a star", "--samplers", "none,stepwize"], "unknown sampler 'stepwize'"),
+        (["a star", "--monitor", "nobody"], "unknown reward 'nobody'"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", *arguments])
+    assert stop.value.code == 2 and message in capsys.readouterr().err

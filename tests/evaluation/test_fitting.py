@@ -1,0 +1,77 @@
+"""Dry runs: what samplers cost, and how large they may be for a budget, against real runs."""
+
+from typing import Any
+
+import pytest
+from diffusers import DiffusionPipeline
+
+import rsm_guidance as rg
+from rsm_guidance.core.schedule import NoiseSchedule
+from rsm_guidance.evaluation.fitting import Costs, cost, fit_to_budget
+from rsm_guidance.evaluation.generate import Generation, costs_of
+from rsm_guidance.samplers import SAMPLERS, Sampler, make_sampler, parse_sampler
+
+DRM = Costs(NoiseSchedule.flow(6), 2.0, 2 / 3, 2 / 3)
+FUNCTION = Costs(NoiseSchedule.flow(6), 2.0, None, 0.0)
+GENERATION = Generation(6, 3.0)
+ADAPTIVE = ("rbf", "backtracking")
+
+
+def redness(images: Any, prompts: list[str]) -> Any:
+    return (images[:, 0] - images[:, 2]).mean((1, 2))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("kind", ["drm", "function"])
+def test_a_dry_run_costs_what_the_real_run_costs(
+    guided: DiffusionPipeline, drm: rg.DiffusionRewardModel, name: str, kind: str
+) -> None:
+    judge = drm if kind == "drm" else redness
+    sampler = make_sampler(name)
+    expected = cost(sampler, costs_of(guided, GENERATION, judge))
+    out = guided("a red star", sampler=sampler, reward=judge, seed=0, **GENERATION.call())
+    if name in ADAPTIVE:
+        assert out.ledger.evaluations <= 1.5 * expected
+    else:
+        assert out.ledger.evaluations == pytest.approx(expected, rel=0.12)
+
+
+@pytest.mark.parametrize("costs", [DRM, FUNCTION])
+@pytest.mark.parametrize("name", [n for n, cls in SAMPLERS.items() if cls.scales])
+def test_the_fitted_sampler_is_the_largest_that_the_budget_pays_for(name: str, costs: Costs) -> None:
+    sampler, field = make_sampler(name), SAMPLERS[name].scales
+    assert field is not None
+    for budget in (60.0, 120.0):
+        try:
+            fitted: Any = fit_to_budget(sampler, budget, costs)
+        except ValueError as error:
+            assert "at its smallest" in str(error)
+            continue
+        assert cost(fitted, costs) <= budget + 1e-6
+        size = getattr(fitted, field)
+        if size < 512 and name not in ADAPTIVE:
+            larger: Sampler = type(fitted)(**{**vars(fitted), field: size + 1})
+            assert cost(larger, costs) > budget
+
+
+def test_budgets_that_pay_for_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="less than the 12.6667 of one image"):
+        fit_to_budget(make_sampler("stepwise"), 5, DRM)
+    assert fit_to_budget(make_sampler("none"), 20, DRM) == make_sampler("none")
+
+
+def test_samplers_are_read_from_text() -> None:
+    sampler: Any = parse_sampler("stepwise:trajectories=2:window=[0.2, 0.9]:transition=cps 0.5", candidates=3)
+    assert (sampler.trajectories, sampler.window, sampler.candidates) == (2, (0.2, 0.9), 3)
+    assert sampler.transition == rg.Transition("cps", 0.5)
+    assert parse_sampler("none:transition=glass 4").transition == rg.Transition("glass", inner=4)  # type: ignore[attr-defined]
+    for text, words in (
+        ("step", "unknown sampler"),
+        ("stepwise:candidates", "sets nothing"),
+        ("stepwise:candidates=many", "cannot take"),
+        ("stepwise:particles=3", "has no option"),
+        ("none:transition=cps x", "cannot read the transition"),
+        ("none:transition=walk", "unknown transition"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            parse_sampler(text)

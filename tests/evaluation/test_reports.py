@@ -1,0 +1,53 @@
+"""The reports on values and on exactness: they measure what they say."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rsm_guidance.evaluation.calibration import ValuesBenchmark, _figures, run_values_benchmark, values_table
+from rsm_guidance.evaluation.exactness import ExactnessBenchmark, exactness_table, run_exactness_benchmark
+
+
+def test_figures_of_values() -> None:
+    rng = np.random.default_rng(0)
+    captions, runs = rng.normal(size=(300, 1)) * 3, rng.normal(size=(300, 8))
+    final = captions + runs
+    perfect = _figures(final, final, True)
+    assert perfect == {"correlation": 1.0, "correlation_within_captions": 1.0, "bias": 0.0}
+    knows_captions = _figures(np.repeat(captions, 8, 1) + 2 + 1e-3 * rng.normal(size=runs.shape), final, True)
+    assert knows_captions["correlation"] > 0.9 and abs(knows_captions["correlation_within_captions"]) < 0.1
+    assert knows_captions["bias"] == pytest.approx(2, abs=0.1)
+    assert _figures(np.zeros((3, 2)), np.ones((3, 2)), False) == {
+        "correlation": None, "correlation_within_captions": None, "bias": None,
+    }  # fmt: skip
+
+
+def test_values_foretell_better_where_there_is_less_noise(tmp_path: Path) -> None:
+    out = tmp_path / "values.json"
+    result = run_values_benchmark(ValuesBenchmark(out, captions=6, runs=4, steps=8, levels=(0.25, 0.9)))
+    assert json.loads(out.read_text()) == result and out.with_suffix(".png").stat().st_size > 5000
+    late = {name: figures[-1]["correlation"] for name, figures in result["estimators"].items()}
+    assert late["Tweedie"] > 0.5 and set(late) == {"Tweedie", "smoothed, 4", "lookahead, 2", "lookahead, 4", "DRM"}
+    assert "| lookahead, 4 | 8.00 |" in values_table(result)
+    for options, words in (({"runs": 1}, "2 runs"), ({"levels": (0.0,)}, "between 0 and 1"), ({"reward": "shapes-drm"}, "function")):
+        with pytest.raises(ValueError, match=words):
+            run_values_benchmark(ValuesBenchmark(out, **options))  # type: ignore[arg-type]
+
+
+def test_errors_fall_with_particles_and_best_of_n_overshoots(tmp_path: Path) -> None:
+    out = tmp_path / "exactness.json"
+    config = ExactnessBenchmark(out, particles=(2, 32), cases=("linear",), steps=40, work=3200)
+    result = run_exactness_benchmark(config)
+    cells = {(c["sampler"], c["schedule"], c["value"], c["particles"]): c for c in result["cells"]}
+    for name in ("fk-steering", "fk-steering, vasr", "smc"):
+        for schedule in ("flow", "vp"):
+            few, many = (abs(cells[name, schedule, "exact", k]["reward_error"]) for k in (2, 32))
+            assert many < few + 0.02 and many < 0.1
+            assert abs(cells[name, schedule, "exact", 32]["log_z_error"]) < 0.15
+    greedy = cells["best-of-n (greedy)", "flow", "exact", 32]
+    assert greedy["reward_error"] > 0.5 and "log_z_error" not in greedy
+    assert "| smc | exact |" in exactness_table(result) and out.with_suffix(".png").exists()
+    with pytest.raises(ValueError, match="unknown case 'square'"):
+        run_exactness_benchmark(ExactnessBenchmark(out, cases=("square",)))

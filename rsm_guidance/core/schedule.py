@@ -94,6 +94,11 @@ class Prediction:
     eps: Tensor
     velocity: Tensor | None = None
 
+    def pick(self, index: Tensor) -> "Prediction":
+        """The prediction for some rows, in any order and number."""
+        velocity = None if self.velocity is None else self.velocity[index]
+        return Prediction(self.x[index], self.x0[index], self.eps[index], velocity)
+
 
 def to_prediction(x: Tensor, output: Tensor, alpha: float, sigma: float, kind: PredictionType) -> Prediction:
     """Read a model output as x0 and eps.

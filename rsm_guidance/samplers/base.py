@@ -73,14 +73,22 @@ class Problem:
         return 0 if self.value is None else self.value.reward_calls_per_row
 
     def values(self, x: Tensor, level: int, rows: Tensor) -> Tensor:
-        """Checked scores [R], float64, of latents at a level.
+        """Checked scores [R], float64, of latents at a level; see `scored`."""
+        return self.scored(x, level, rows)[0]
+
+    def scored(self, x: Tensor, level: int, rows: Tensor) -> tuple[Tensor, Prediction | None]:
+        """Checked scores [R], float64, of latents at a level, and the prediction there if the value had to read it.
+
+        Whoever goes on from some of these latents takes its rows of the prediction along instead of asking again.
 
         Raises:
             RewardError: if the value model fails or returns anything but one finite score per latent.
         """
         value = self.value
         assert value is not None
-        return judged(lambda: value(x, level, rows), len(x), name_of(value))
+        reads = value.reads_prediction and level < self.denoiser.steps
+        prediction = self.denoiser.predict(x, level, rows) if reads else None
+        return judged(lambda: value(x, level, rows, prediction), len(x), name_of(value)), prediction
 
     def final_rewards(self, x0: Tensor, rows: Tensor) -> Tensor | None:
         """Checked scores [R] of finished latents by the reward, else by the value at the clean level; None without."""
@@ -157,16 +165,25 @@ class Problem:
         return gaussian.sample(noise)
 
     def advance(
-        self, x: Tensor, rows: Tensor, jump: tuple[int, int], transition: Transition, candidates: list[int], child: int = 0
+        self,
+        x: Tensor,
+        rows: Tensor,
+        jump: tuple[int, int],
+        transition: Transition,
+        candidates: list[int],
+        prediction: Prediction | None = None,
     ) -> tuple[Prediction, Tensor]:
-        """The prediction at latents [len(candidates) * B, ...], candidate-major, and a step by a transition from it."""
+        """The prediction at latents [len(candidates) * B, ...], candidate-major, and a step by a transition from it.
+
+        `prediction` is that of these latents, where it is already known.
+        """
         level, target = jump
         denoiser, schedule = self.denoiser, self.denoiser.schedule
-        prediction = denoiser.predict(x, level, rows)
+        prediction = prediction or denoiser.predict(x, level, rows)
         if transition.kind != "glass":
-            return prediction, self.step(transition(prediction, schedule, level, target), level, candidates, child)
+            return prediction, self.step(transition(prediction, schedule, level, target), level, candidates)
         # The mean of a unit Gaussian at zero is the noise itself, under the same names as everywhere.
-        noise = self.step(Gaussian(torch.zeros_like(x), 1.0), level, candidates, child)
+        noise = self.step(Gaussian(torch.zeros_like(x), 1.0), level, candidates)
         return prediction, glass(
             lambda y, at: denoiser.predict(y, at, rows), prediction, schedule, level, target, noise
         )

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from rsm_guidance.core.resampling import SCHEMES, Scheme
-from rsm_guidance.core.schedule import NoiseSchedule
+from rsm_guidance.core.schedule import NoiseSchedule, Prediction
 from rsm_guidance.core.transitions import Transition
 from rsm_guidance.core.weights import effective_sample_size
 from rsm_guidance.samplers.base import (
@@ -96,7 +96,8 @@ class FKSteering:
             raise ValueError("particles need a stochastic transition (ddim, cps, flow_sde, glass): copies would stay copies")
 
     def sample(self, problem: Problem) -> SamplerOutput:
-        """Cost per image: K times an unguided sample, and K value evaluations at each weighed level.
+        """Cost per image: K times an unguided sample, and K value evaluations at each weighed level (free of denoiser
+        evaluations where the value reads the prediction, which the next step needs anyway).
 
         A budget lowers K.  At the deadline or on Ctrl-C the estimate of the heaviest particle is returned.
         """
@@ -114,20 +115,22 @@ class FKSteering:
         group.carried = {"potentials": zero, "running": zero - torch.inf if self.potential == "max" else zero}
         gamma = torch.zeros(problem.count, dtype=torch.float64)
         estimate: Tensor | None = None
+        known: Prediction | None = None
         try:
             with interruptible(problem):
                 for level, target in self.transition.jumps(schedule):
                     check_deadline(problem)
                     prediction, group.latents = problem.advance(
-                        group.latents, group.rows, (level, target), self.transition, slots
+                        group.latents, group.rows, (level, target), self.transition, slots, known
                     )
-                    estimate = prediction.x0
-                    scores = None
+                    estimate, scores, known = prediction.x0, None, None
                     if target in levels and k > 1:
-                        scores = group.table(problem.values(group.latents, target, group.rows))
+                        values, known = problem.scored(group.latents, target, group.rows)
+                        scores = group.table(values)
                         gamma = self._temper(group, scores, gamma, target / schedule.steps)
                         self._weigh(group, gamma[:, None] * scores / self.temperature)
-                        group.resample(target, self.resampling, self.threshold, trace)
+                        moved = group.resample(target, self.resampling, self.threshold, trace)
+                        known = known.pick(moved) if known is not None and moved is not None else known
                         trace["levels"][-1]["scores"] = scores.tolist()
                     problem.report(level, estimate, scores)
                 rewards = problem.final_rewards(group.latents, group.rows)

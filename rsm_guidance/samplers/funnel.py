@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from rsm_guidance.core.schedule import Prediction
 from rsm_guidance.core.transitions import Transition
 from rsm_guidance.samplers.base import (
     Interrupted,
@@ -58,14 +59,16 @@ class Funnel:
     def cost(self, problem: Problem, candidates: int) -> tuple[float, int]:
         """Denoiser evaluations and reward calls of one image."""
         denoiser, value = problem.denoiser, problem.value
-        evaluations, calls, alive = 0.0, 0, candidates
+        evaluations, calls, alive, known = 0.0, 0, candidates, 0
         kept = self.population(denoiser.steps, candidates)
         for level, target in self.transition.jumps(denoiser.schedule):
-            evaluations += alive * (target - level) * denoiser.evaluations_per_row
+            evaluations += (alive * (target - level) - known) * denoiser.evaluations_per_row
+            known = 0
             if kept[target] < alive and value is not None and target < denoiser.steps:
                 evaluations += alive * value.evaluations_per_row
                 calls += alive * value.reward_calls_per_row
                 alive = kept[target]
+                known = alive if value.reads_prediction else 0
         return evaluations + alive * problem.final_cost, calls + alive * problem.final_calls
 
     def sample(self, problem: Problem) -> SamplerOutput:
@@ -78,19 +81,22 @@ class Funnel:
         kept = self.population(schedule.steps, alive)
         x = torch.cat([problem.initial(c) for c in range(alive)]) if alive > 1 else problem.initial(0)
         estimate: Tensor | None = None
+        known: Prediction | None = None
         try:
             with interruptible(problem):
                 for level, target in self.transition.jumps(schedule):
                     check_deadline(problem)
                     rows, slots = problem.rows.repeat(alive), list(range(alive))
-                    prediction, x = problem.advance(x, rows, (level, target), self.transition, slots)
-                    estimate = prediction.x0[:b]
+                    prediction, x = problem.advance(x, rows, (level, target), self.transition, slots, known)
+                    estimate, known = prediction.x0[:b], None
                     if kept[target] < alive and problem.value is not None and target < schedule.steps:
-                        scores = problem.values(x, target, rows).view(alive, b).T
+                        values, known = problem.scored(x, target, rows)
+                        scores = values.view(alive, b).T
                         order = scores.argsort(dim=1, descending=True, stable=True)[:, : kept[target]]
                         trace["levels"].append({"level": target, "scores": scores.tolist(), "kept": order.tolist()})
                         alive = kept[target]
-                        x = x.view(-1, b, *x.shape[1:])[order.T, problem.rows].flatten(0, 1)
+                        index = (order.T * b + problem.rows).flatten()
+                        x, known = x[index], None if known is None else known.pick(index)
                     problem.report(level, estimate)
                 rewards = problem.final_rewards(x, problem.rows.repeat(alive)) if alive > 1 else None
         except Interrupted:

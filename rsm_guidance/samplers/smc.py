@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from rsm_guidance.core.resampling import SCHEMES, Scheme
-from rsm_guidance.core.schedule import Prediction
 from rsm_guidance.core.transitions import Gaussian, Transition
 from rsm_guidance.samplers.base import (
     Interrupted,
@@ -111,7 +110,7 @@ class TwistedSMC:
                     moved = group.resample(level, self.resampling, self.threshold, trace)
                     trace["levels"][-1]["scores"] = scores.tolist()
                     if moved is not None:
-                        prediction, gradient = _reorder(prediction, moved), gradient[moved]
+                        prediction, gradient = prediction.pick(moved), gradient[moved]
                     gaussian = self.transition(prediction, schedule, level, level + 1)
                     self._propose(problem, group, gaussian, scale * gradient, level)
                     problem.report(level, estimate, scores)
@@ -145,8 +144,3 @@ class TwistedSMC:
         group.latents = problem.step(proposal, level, slots)
         ratio = base.log_prob(group.latents.double()) - proposal.log_prob(group.latents.double())
         group.reweight(group.table(ratio.double()))
-
-
-def _reorder(prediction: Prediction, index: Tensor) -> Prediction:
-    velocity = None if prediction.velocity is None else prediction.velocity[index]
-    return Prediction(prediction.x[index], prediction.x0[index], prediction.eps[index], velocity)

@@ -22,6 +22,7 @@ class ExactValue:
 
     evaluations_per_row = 0.5
     reward_calls_per_row = 0
+    reads_prediction = False
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger

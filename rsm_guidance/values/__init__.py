@@ -4,7 +4,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from rsm_guidance.core.denoiser import Reward
-from rsm_guidance.rewards import REWARDS, import_object
+from rsm_guidance.rewards import REWARDS, Composite, Term, import_object
 from rsm_guidance.shapes.model import drm_path
 from rsm_guidance.values.drm import DiffusionRewardModel, DRMConfig
 from rsm_guidance.values.estimators import (
@@ -32,14 +32,16 @@ def load_judge(spec: object) -> Judge:
     """A reward function or diffusion reward model.
 
     Args:
-        spec: a callable or model, returned as it is; a name in `REWARDS`; "shapes-drm"; "package.module:object"; or
-            the folder or hub id of a diffusion reward model.
+        spec: a callable or model, returned as it is; a name in `REWARDS`; "shapes-drm"; "package.module:object"; the
+            folder or hub id of a diffusion reward model; or several of these with weights, "A + 0.5 * B".
 
     Raises:
         ValueError: if nothing of that name can be found or loaded.
     """
     if isinstance(spec, DiffusionRewardModel):
         return spec
+    if isinstance(spec, str) and (" + " in spec or " * " in spec):
+        return Composite(tuple(_term(part) for part in spec.split(" + ")))
     if isinstance(spec, str):
         if spec in REWARDS:
             return REWARDS[spec]
@@ -63,6 +65,17 @@ def load_judge(spec: object) -> Judge:
     raise ValueError(
         f"a reward is a name, a function (images, prompts) -> scores or a model; got {type(spec).__name__}"
     )
+
+
+def _term(text: str) -> Term:
+    """One weighted reward of "A + 0.5 * B"."""
+    weight, times, name = text.rpartition(" * ")
+    try:
+        factor = float(weight) if times else 1.0
+    except ValueError as error:
+        raise ValueError(f"{weight!r} in {text!r} is no number; write WEIGHT * REWARD") from error
+    judge = load_judge(name.strip())
+    return Term(judge.score_images if isinstance(judge, DiffusionRewardModel) else judge, factor)
 
 
 def load_value(spec: object) -> Judge | Estimator:

@@ -30,7 +30,7 @@ from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.core.schedule import Prediction
 from rsm_guidance.core.transitions import ode
 from rsm_guidance.engine.families import denoisers_of
-from rsm_guidance.rewards import name_of
+from rsm_guidance.rewards import Composite, name_of
 from rsm_guidance.values.drm import DiffusionRewardModel
 
 
@@ -158,22 +158,25 @@ class EstimatedValue:
 
     def __call__(self, x: Tensor, level: int, rows: Tensor, prediction: Prediction | None = None) -> Tensor:
         if level == self.denoiser.steps:
-            return self._judge(x, rows)
+            return self._judge(x, level, rows)
         if isinstance(self.estimator, Lookahead):
-            return self._judge(self._ahead(self.estimator.steps, x, level, rows, prediction), rows)
+            return self._judge(self._ahead(self.estimator.steps, x, level, rows, prediction), level, rows)
         mean = (prediction or self.denoiser.predict(x, level, rows)).x0
         if isinstance(self.estimator, Tweedie):
-            return self._judge(mean, rows)
+            return self._judge(mean, level, rows)
         return self._smooth(self.estimator, mean, level, rows)
 
-    def _judge(self, x0: Tensor, rows: Tensor) -> Tensor:
+    def _judge(self, x0: Tensor, level: int, rows: Tensor) -> Tensor:
+        reward = self.reward
+        if isinstance(reward, Composite):
+            reward = reward.at(level / self.denoiser.steps)
         self.ledger.reward_calls += len(x0)
         images = self.denoiser.decode(x0, rows)
         prompts = [self.denoiser.prompts[r] for r in rows.tolist()]
         if self.denoiser.checkpointing and images.requires_grad:
-            kept: Tensor = checkpoint(self.reward, images, prompts, use_reentrant=False)
+            kept: Tensor = checkpoint(reward, images, prompts, use_reentrant=False)
             return kept
-        return self.reward(images, prompts)
+        return reward(images, prompts)
 
     def _ahead(self, steps: int, x: Tensor, level: int, rows: Tensor, prediction: Prediction | None) -> Tensor:
         scout, schedule = self.scout or self.denoiser, self.denoiser.schedule
@@ -195,7 +198,7 @@ class EstimatedValue:
         for i in range(1, config.samples):
             offsets = {r: self.streams.normal(r, mean.shape[1:], "smooth", level, i) for r in rows.unique().tolist()}
             points.append(mean + width * torch.stack([offsets[r] for r in rows.tolist()]).to(mean))
-        scores = self._judge(torch.cat(points), rows.repeat(config.samples)).view(config.samples, len(mean))
+        scores = self._judge(torch.cat(points), level, rows.repeat(config.samples)).view(config.samples, len(mean))
         if math.isinf(config.temperature):
             return scores.mean(0)
         tilted = (scores.double() / config.temperature).logsumexp(0) - math.log(config.samples)

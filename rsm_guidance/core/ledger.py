@@ -92,7 +92,7 @@ class Ledger:
         return self.budget.seconds is not None and self.seconds >= self.budget.seconds
 
     def stop(self, why: str) -> None:
-        """Note why the run ended early: "budget", "deadline" or "interrupted".
+        """Note why the run ended early: "budget", "deadline", "interrupted" or "over-optimised".
 
         The first reason stays, but for a budget that only thinned the search: what cut the run off replaces it.
         """

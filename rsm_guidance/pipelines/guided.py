@@ -19,7 +19,7 @@ from rsm_guidance.core.ledger import Budget, Ledger
 from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.engine import PipelineDenoiser
 from rsm_guidance.engine.denoiser import prompts_of
-from rsm_guidance.samplers import Interrupted, Problem, Progress, Sampler, SamplerOutput, make_sampler
+from rsm_guidance.samplers import Interrupted, Monitor, Problem, Progress, Sampler, SamplerOutput, Watch, make_sampler
 from rsm_guidance.values import (
     DiffusionRewardModel,
     DRMValue,
@@ -59,6 +59,7 @@ _OURS = (
     inspect.Parameter(
         "on_step", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Callable[[Progress], None] | None
     ),
+    inspect.Parameter("monitor", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Monitor | Judge | str | None),
 )
 _ARGUMENTS = """
 
@@ -70,6 +71,8 @@ _ARGUMENTS = """
                 noisy latents, where it is not the reward. An estimator says how the reward, a function, sees the clean
                 image in noisy latents (default: `Tweedie`).
             budget (`Budget` or `float`, *optional*): hard cap; a number caps denoiser evaluations per image.
+            monitor (`Monitor`, reward or `str`, *optional*): a held-out reward that sees every finished image; reported in
+                the trace, and able to stop a run that over-optimises.
             seed (`int`, *optional*): names all random numbers; the same seed gives the same image for a prompt,
                 whatever the batch (image-conditioned stock calls without a sampler excepted). Instead of `generator`.
             on_step (`Callable`, *optional*): receives a `Progress` after every level.
@@ -80,7 +83,7 @@ _ARGUMENTS = """
 def reward_guided(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
     """The reward-guided subclass of a pipeline class.
 
-    It keeps the stock signature and adds the keyword arguments sampler, reward, value, budget, seed and on_step.
+    It keeps the stock signature and adds the keyword arguments sampler, reward, value, budget, monitor, seed and on_step.
     """
     stock_call = base.__call__
     signature = inspect.signature(stock_call)
@@ -148,6 +151,7 @@ def _call(
     value: Judge | Estimator | str | None,
     budget: Budget | float | None,
     on_step: Callable[[Progress], None] | None,
+    monitor: Monitor | Judge | str | None = None,
     seed: int | None = None,
 ) -> Any:
     if sampler is not None:
@@ -163,9 +167,11 @@ def _call(
     if sampler is None:
         given = [
             n
-            for n, v in (("reward", reward), ("value", value), ("budget", budget), ("on_step", on_step))
+            for n, v in (
+                ("reward", reward), ("value", value), ("budget", budget), ("monitor", monitor), ("on_step", on_step)
+            )
             if v is not None
-        ]
+        ]  # fmt: skip
         if given:
             raise ValueError(
                 f"{given[0]} has no effect without a sampler; pass sampler='none' to score unguided samples"
@@ -185,6 +191,8 @@ def _call(
         if isinstance(scorer, Lookahead) and (scorer.pipe is not None or scorer.adapter is not None):
             scout = stack.enter_context(closing(_scout(pipe, call, scorer, denoiser)))
         _set_judges(problem, judge, scorer, denoiser, scout)
+        if monitor is not None:
+            problem.watch = Watch(_monitor(monitor), len(prompts))
         output = _sample(pipe, sampler, problem, on_step)
         images = denoiser.finish(output.latents)
     ledger.finish()
@@ -262,6 +270,13 @@ def _set_judges(
     elif scorer is not None:
         problem.value = EstimatedValue(denoiser, scorer, ledger)
         problem.reward = problem.reward or scorer
+
+
+def _monitor(monitor: Monitor | Judge | str) -> Monitor:
+    if isinstance(monitor, Monitor):
+        return monitor
+    judge = load_judge(monitor)
+    return Monitor(judge.score_images if isinstance(judge, DiffusionRewardModel) else judge)
 
 
 def _charged(judge: DiffusionRewardModel, ledger: Ledger) -> Reward:

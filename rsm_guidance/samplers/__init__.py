@@ -11,6 +11,7 @@ from rsm_guidance.samplers.best_of_n import BestOfN
 from rsm_guidance.samplers.fk_steering import FKSteering
 from rsm_guidance.samplers.funnel import Funnel
 from rsm_guidance.samplers.lidar import Lidar
+from rsm_guidance.samplers.monitor import Monitor, Watch
 from rsm_guidance.samplers.reward_gradient import RewardGradient
 from rsm_guidance.samplers.rolling import RollingSelection
 from rsm_guidance.samplers.rollout import Unguided
@@ -96,6 +97,7 @@ __all__ = [
     "Funnel",
     "Interrupted",
     "Lidar",
+    "Monitor",
     "Problem",
     "Progress",
     "RewardGradient",
@@ -106,6 +108,7 @@ __all__ = [
     "Transition",
     "TwistedSMC",
     "Unguided",
+    "Watch",
     "make_sampler",
     "parse_sampler",
     "parse_transition",

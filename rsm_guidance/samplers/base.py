@@ -15,6 +15,7 @@ from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.core.schedule import Prediction
 from rsm_guidance.core.transitions import Gaussian, Transition, glass
 from rsm_guidance.rewards import judged, name_of
+from rsm_guidance.samplers.monitor import Watch
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Problem:
         reward: judge of finished images, or None.
         value: judge of noisy latents, or None; it judges the finished latents where there is no reward.
         progress: called after every level.
+        watch: a monitor of finished images, or None.
     """
 
     denoiser: Denoiser
@@ -49,6 +51,7 @@ class Problem:
     reward: Reward | None = None
     value: Value | None = None
     progress: Callable[[Progress], None] | None = None
+    watch: Watch | None = None
 
     @property
     def count(self) -> int:
@@ -93,13 +96,18 @@ class Problem:
     def final_rewards(self, x0: Tensor, rows: Tensor) -> Tensor | None:
         """Checked scores [R] of finished latents by the reward, else by the value at the clean level; None without."""
         reward = self.reward
-        if reward is not None:
+        if reward is None and self.value is None:
+            return None
+        prompts = [self.denoiser.prompts[r] for r in rows.tolist()]
+        images = None if reward is None and self.watch is None else self.denoiser.decode(x0, rows)
+        if reward is None:
+            scores = self.values(x0, self.denoiser.steps, rows)
+        else:
             self.ledger.reward_calls += len(x0)
-            prompts = [self.denoiser.prompts[r] for r in rows.tolist()]
-            return judged(lambda: reward(self.denoiser.decode(x0, rows), prompts), len(x0), name_of(reward))
-        if self.value is not None:
-            return self.values(x0, self.denoiser.steps, rows)
-        return None
+            scores = judged(lambda: reward(images, prompts), len(x0), name_of(reward))
+        if self.watch is not None and images is not None:
+            self.watch.see(images, prompts, rows, scores)
+        return scores
 
     def require_judge(self, sampler: str) -> None:
         """Raise a ValueError if there is nothing to compare candidates with."""
@@ -261,6 +269,8 @@ def finished(problem: Problem, latents: Tensor, trace: dict[str, Any], rewards: 
             rewards = problem.final_rewards(latents, problem.rows)
         except KeyboardInterrupt:
             problem.ledger.stop("interrupted")
+    if problem.watch is not None:
+        trace["monitor"] = {"name": name_of(problem.watch.monitor.reward), "history": problem.watch.history}
     problem.ledger.finish()
     trace["rewards"] = None if rewards is None else rewards.tolist()
     trace["ledger"] = problem.ledger.to_dict()
@@ -282,7 +292,10 @@ def interruptible(problem: Problem) -> Iterator[None]:
 
 
 def check_deadline(problem: Problem) -> None:
-    """Raise `Interrupted` once the deadline has passed."""
+    """Raise `Interrupted` once the deadline has passed, or the monitor has seen enough."""
+    if problem.watch is not None and problem.watch.parted:
+        problem.ledger.stop("over-optimised")
+        raise Interrupted
     if problem.ledger.late:
         problem.ledger.stop("deadline")
         raise Interrupted

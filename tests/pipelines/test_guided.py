@@ -25,7 +25,7 @@ CPS = rg.Transition("cps", 0.8)
 def test_signature_is_stock_plus_ours() -> None:
     stock = list(inspect.signature(StableDiffusion3Pipeline.__call__).parameters)
     ours = list(inspect.signature(rg.RewardGuidedStableDiffusion3Pipeline.__call__).parameters)
-    assert ours == [*stock, "sampler", "reward", "value", "budget", "seed", "on_step"]
+    assert ours == [*stock, "sampler", "reward", "value", "budget", "seed", "on_step", "monitor"]
     assert rg.reward_guided(StableDiffusion3Pipeline) is rg.RewardGuidedStableDiffusion3Pipeline
 
 

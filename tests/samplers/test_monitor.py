@@ -1,0 +1,58 @@
+"""The monitor: what it sees, and when it stops a run."""
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+import rsm_guidance as rg
+from rsm_guidance.samplers import BestOfN, Monitor, Watch
+from tests.samplers.test_particles import ANCESTRAL, SHORT, problem
+
+
+def test_it_follows_the_best_by_the_guide_and_stops_when_all_rows_have_parted() -> None:
+    watch = Watch(Monitor(lambda images, prompts: images, patience=2), 2)
+    rows = torch.tensor([0, 1])
+    for guide, seen, misses in (
+        ([1.0, 1.0], [5.0, 5.0], [0, 0]),
+        ([2.0, 0.5], [4.0, 9.0], [1, 0]),  # row 0 rises without the monitor; row 1 does not rise at all
+        ([3.0, 2.0], [4.0, 4.0], [2, 1]),
+        ([2.0, 3.0], [9.0, 3.0], [2, 2]),
+    ):
+        assert not watch.parted
+        watch.see(torch.tensor(seen), ["a", "b"], rows, torch.tensor(guide))
+        assert watch.misses.tolist() == misses
+    assert watch.parted and watch.guide.tolist() == [3, 3] and watch.verdict.tolist() == [4, 3]
+    assert watch.history[1] == {"guide": [2, 1], "monitor": [4, 5]}
+
+
+def test_a_run_that_over_optimises_is_stopped_and_returns_its_best() -> None:
+    """The monitor is the guide turned around: every rise is a miss."""
+    task = problem("ring", SHORT, 6)
+    guide = task.reward
+    task.watch = Watch(Monitor(lambda x, p: -guide(x, p), patience=1), 6)  # type: ignore[misc]
+    output = BestOfN(400, ANCESTRAL, batch_rows=6).sample(task)
+    assert output.ledger.stopped == "over-optimised"
+    tried = len(output.trace["candidates"]["rewards"][0])
+    assert 2 <= tried < 400 and output.rewards is not None
+    assert output.rewards.tolist() == pytest.approx(task.watch.guide.tolist())
+    assert len(output.trace["monitor"]["history"]) == tried
+    free = problem("ring", SHORT, 6)
+    assert guide is not None
+    free.watch = Watch(Monitor(guide, patience=1), 6)
+    assert BestOfN(8, ANCESTRAL).sample(free).ledger.stopped is None, "a monitor that agrees never stops"
+
+
+def test_it_watches_through_the_pipeline(guided: DiffusionPipeline, drm: rg.DiffusionRewardModel) -> None:
+    call: dict[str, Any] = {"prompt": ["a red star", "a blue circle"], "num_inference_steps": 5, "seed": 0}
+    out = guided(**call, sampler=BestOfN(3), reward=drm, monitor="shapes-verifier")
+    history = out.trace["monitor"]["history"]
+    assert out.trace["monitor"]["name"] == "shapes_verifier" and history[-1]["guide"] == pytest.approx(out.rewards)
+    assert all(0 <= v <= 1 for v in history[-1]["monitor"])
+    plain = guided(**call, sampler=BestOfN(3), reward=drm)
+    assert plain.rewards == out.rewards, "watching changes nothing"
+    with pytest.raises(ValueError, match="no effect without a sampler"):
+        guided(**call, monitor="shapes-verifier")
+    with pytest.raises(ValueError, match="patience must be at least 1"):
+        Monitor(drm.score_images, 0)

@@ -22,6 +22,7 @@ from rsm_guidance.evaluation.files import (
     write_json,
 )
 from rsm_guidance.evaluation.generate import Generation, generate, load_pipeline, scores_of
+from rsm_guidance.evaluation.traces import write_trace_picture
 from rsm_guidance.rewards import shapes_correct, shapes_verifier
 from rsm_guidance.samplers import SAMPLERS, Progress, Sampler
 from rsm_guidance.shapes.render import IMAGE_SIZE
@@ -49,6 +50,8 @@ class Sample:
     """Image file to write."""
     trace: Path | None = None
     """JSON file for the record of every candidate, score and choice."""
+    plot: Path | None = None
+    """PNG or SVG file for a drawing of that record: candidates, lineages or the tree."""
     sampler: str = "stepwise"
     """A name of the README's table, with options of its own, as in stepwise:trajectories=2."""
     value: str | None = None
@@ -69,6 +72,10 @@ class Sample:
         require_image_name(self.out)
         if self.trace is not None:
             require_writable(self.trace)
+        if self.plot is not None and self.plot.suffix.lower() not in (".png", ".svg"):
+            raise ValueError(f"cannot draw into {self.plot}: name a .png or .svg file")
+        if self.plot is not None:
+            require_writable(self.plot)
         pipe, judge = load_pipeline(self.of.model_id, self.of.dtype), self.of.judge()
         generation = Generation.for_model(self.of.model_id, self.of.steps, self.of.guidance_scale)
         with tqdm(desc=sampler.name, unit="step") as bar:
@@ -90,6 +97,8 @@ class Sample:
         write_image(self.out, out.images[0])
         if self.trace is not None:
             write_json(self.trace, out.trace)
+        if self.plot is not None:
+            write_trace_picture(self.plot, out.trace)
         _say({"image": str(self.out), "reward": (out.rewards or [None])[0], **out.ledger.to_dict()})
 
 

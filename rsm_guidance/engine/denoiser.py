@@ -330,16 +330,18 @@ class PipelineDenoiser:
             call[copies] = 1
         return call | self._images(rows)
 
-    def _images(self, rows: tuple[int, ...]) -> dict[str, list[Any]]:
+    def _images(self, rows: tuple[int, ...]) -> dict[str, Any]:
         """The input images of rows, where the family takes one per prompt and each prompt, or row, has one."""
         traits = traits_of(self.pipe)
         if type(getattr(self.pipe, "controlnet", None)).__name__.startswith("Multi"):
             return {}  # its lists hold an image for each control
-        picked = {}
+        picked: dict[str, Any] = {}
         for name in traits.images:
             image = self._call.get(name)
-            several = isinstance(image, list) or getattr(image, "ndim", 0) == 4
-            if image is not None and (several or traits.draws):
+            several = isinstance(image, list)
+            if image is not None and getattr(image, "ndim", 0) == 4:  # stays a batch: some families read its axes
+                picked[name] = image[[r * len(image) // len(self._base) for r in rows]]
+            elif image is not None and (several or traits.draws):
                 picked[name] = pick_rows(list(image) if several else [image], rows, len(self._base))
         return picked
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor
@@ -132,11 +133,13 @@ class StockLoop:
         self.own_steps = False
         self._override = latents
         traits = traits_of(pipe)
-        self._blank = min(skip, int(traits.blends)) if traits.interrupts else skip
+        # diffusers' own callbacks change the run at certain steps, so they must see the steps that a jump passes, too.
+        replayed = isinstance(call.get("callback_on_step_end"), PipelineCallback | MultiPipelineCallbacks)
+        self._blank = min(skip, int(traits.blends)) if traits.interrupts and not replayed else skip
         self._jump = skip - self._blank
         self._call = dict(call)
         for name in ("callback", "callback_on_step_end"):
-            if self._blank and call.get(name) is not None:
+            if self._blank and call.get(name) is not None and not replayed:
                 self._call[name] = self._callback(call[name])
         self._skipping = True
         self._latents: Tensor | None = None

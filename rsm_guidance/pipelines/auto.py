@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import diffusers
 from diffusers import DiffusionPipeline
@@ -21,7 +21,7 @@ class RewardGuidedPipeline:
     class by its name: `rsm_guidance.pipelines.RewardGuided<Name>`.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> NoReturn:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         name = type(self).__name__
         raise OSError(
             f"{name} only picks a class and has no instances; use {name}.from_pretrained(model) or {name}.from_pipe(pipe)"
@@ -40,7 +40,7 @@ class RewardGuidedPipeline:
         """
         if kwargs.get("custom_pipeline") is not None:
             raise ValueError(f"{cls.__name__} picks the class by itself; leave custom_pipeline out")
-        base, _ = stock_class(model, **{name: kwargs[name] for name in _WHERE if name in kwargs})
+        base: Any = stock_class(model, **{name: kwargs[name] for name in _WHERE if name in kwargs})[0]
         reason = why_not(base)
         if reason is not None:
             raise ValueError(f"{os.fspath(model)} is a {base.__name__}, which cannot be guided: {reason}")
@@ -55,8 +55,9 @@ class RewardGuidedPipeline:
             ValueError: if it cannot be guided.
         """
         require_drivable(pipeline)
-        guided = next((c for c in type(pipeline).__mro__ if "stock_call" in vars(c)), None)
-        pipe: DiffusionPipeline = (guided or reward_guided(type(pipeline))).from_pipe(pipeline, **kwargs)
+        stock: Any = type(pipeline)
+        guided: Any = next((c for c in stock.__mro__ if "stock_call" in vars(c)), None)
+        pipe: DiffusionPipeline = (guided or reward_guided(stock)).from_pipe(pipeline, **kwargs)
         return pipe
 
 

@@ -75,7 +75,8 @@ _ARGUMENTS = """
                 the trace, and able to stop a run that over-optimises.
             seed (`int`, *optional*): names all random numbers; the same seed gives the same image for a prompt,
                 whatever the batch (image-conditioned stock calls without a sampler excepted). Instead of `generator`.
-            on_step (`Callable`, *optional*): receives a `Progress` after every level.
+            on_step (`Callable`, *optional*): receives a `Progress` after every level. (Samplers jump between levels, so that
+                a stock callback function does not see every step exactly once; this does.)
 """
 
 
@@ -292,7 +293,7 @@ def _charged(judge: DiffusionRewardModel, ledger: Ledger) -> Reward:
 def _check_prompt(call: dict[str, Any]) -> None:
     prompt = call.get("prompt")
     if prompt is None:
-        if call.get("prompt_embeds") is not None:
+        if any(name.startswith("prompt_embeds") and v is not None for name, v in call.items()):
             raise ValueError("guided sampling needs the prompt as text, to key its random numbers and to score images")
         raise ValueError("no prompt was given; pass prompt='...'")
     if not isinstance(prompt, str | list | tuple) or len(prompt) == 0 and not isinstance(prompt, str):

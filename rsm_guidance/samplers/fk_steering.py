@@ -64,11 +64,11 @@ class FKSteering:
     particles: int = 4
     temperature: float = 1.0
     potential: Literal["difference", "max", "sum"] = "difference"
-    tempering: Literal["none", "polynomial", "adaptive"] = "none"
+    tempering: Literal["none", "polynomial", "adaptive"] = "polynomial"
     power: float = 1.0
     threshold: float = 0.5
     resampling: Scheme = "systematic"
-    interval: int = 1
+    interval: int = 2
     window: tuple[float, float] = (0.0, 1.0)
     transition: Transition = Transition("cps", 0.9)
     returned: Literal["best", "sample"] = "best"

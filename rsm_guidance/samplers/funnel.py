@@ -38,8 +38,8 @@ class Funnel:
     name: ClassVar[str] = "funnel"
     scales: ClassVar[str] = "candidates"
     candidates: int = 8
-    survivors: int = 2
-    start: float = 0.1
+    survivors: int = 1
+    start: float = 0.3
     transition: Transition = Transition("cps", 0.9)
 
     def __post_init__(self) -> None:

@@ -56,7 +56,7 @@ class TwistedSMC:
     threshold: float = 0.5
     resampling: Scheme = "systematic"
     transition: Transition = Transition("ddim", 1.0)
-    largest_shift: float = 1.0
+    largest_shift: float = 0.5
     jacobian: bool = True
     checkpoint: bool = False
     returned: Literal["best", "sample"] = "best"

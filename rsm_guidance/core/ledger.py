@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field, fields
 
 import torch
 
-
 BACKWARD = 2.0  # cost of a backward pass, in forward passes of the same network: the usual count of operations
 
 

@@ -199,7 +199,7 @@ class PipelineDenoiser:
     @contextmanager
     def _recomputing(self) -> Iterator[None]:
         """Gradient checkpointing of denoiser and decoder, where it is asked for and there is a gradient."""
-        modules = [*denoisers_of(self.pipe).values(), getattr(self.pipe, "vae", None)]
+        modules: list[Any] = [*denoisers_of(self.pipe).values(), getattr(self.pipe, "vae", None)]
         able = [m for m in modules if getattr(m, "_supports_gradient_checkpointing", False)]
         chosen = [m for m in able if self.checkpointing and torch.is_grad_enabled() and not m.is_gradient_checkpointing]
         for module in chosen:
@@ -337,7 +337,7 @@ class PipelineDenoiser:
             return {}  # its lists hold an image for each control
         picked: dict[str, Any] = {}
         for name in traits.images:
-            image = self._call.get(name)
+            image: Any = self._call.get(name)
             several = isinstance(image, list)
             if image is not None and getattr(image, "ndim", 0) == 4:  # stays a batch: some families read its axes
                 picked[name] = image[[r * len(image) // len(self._base) for r in rows]]

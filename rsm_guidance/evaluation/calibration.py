@@ -67,7 +67,9 @@ def run_values_benchmark(config: ValuesBenchmark) -> dict[str, Any]:
         ValueError: for fewer than two runs per caption, a level outside (0, 1), or a reward that is a reward model.
     """
     if config.runs < 2 or config.captions < 1 or config.batch_size < 1:
-        raise ValueError(f"values are compared within captions: at least 1 caption and 2 runs; got {config.captions}, {config.runs}")
+        raise ValueError(
+            f"values are compared within captions: at least 1 caption and 2 runs; got {config.captions}, {config.runs}"
+        )
     if not config.levels or not all(0 < share < 1 for share in config.levels):
         raise ValueError(f"levels are shares of the steps between 0 and 1; got {config.levels}")
     reward, drm = load_judge(config.reward), load_judge(config.drm)
@@ -83,7 +85,11 @@ def run_values_benchmark(config: ValuesBenchmark) -> dict[str, Any]:
     for start in tqdm(range(0, len(prompts), config.batch_size), desc="values", unit="batch"):
         batch = prompts[start : start + config.batch_size]
         streams = RandomStreams.for_prompts(config.seed, batch)
-        call = {"prompt": batch, **generation.call(), "generator": [streams.generator(r, "initial", 0) for r in range(len(batch))]}
+        call = {
+            "prompt": batch,
+            **generation.call(),
+            "generator": [streams.generator(r, "initial", 0) for r in range(len(batch))],
+        }
         with (
             torch.no_grad(),
             torch.autocast(pipe.device.type, torch.bfloat16, enabled=config.autocast),

@@ -111,7 +111,9 @@ def compare(
         "guide": _named(guide), "monitors": {name: _named(judge) for name, judge in (monitors or {}).items()},
     }  # fmt: skip
     state = PartialState()
-    chunks = [list(range(i, min(i + config.chunk, len(config.prompts)))) for i in range(0, len(config.prompts), config.chunk)]
+    chunks = [
+        list(range(i, min(i + config.chunk, len(config.prompts)))) for i in range(0, len(config.prompts), config.chunk)
+    ]
     work = [(run, chunk, second) for run in plan for chunk, second in _chunks(config, chunks)]
     for run, chunk, second in tqdm(work[state.process_index :: state.num_processes], desc="compare", unit="chunk"):
         _work(config, settings, run, chunk, second, pipe, generation, guide, monitors or {})

@@ -219,7 +219,13 @@ def exactness_table(result: dict[str, Any]) -> str:
     """Mean absolute errors over cases and schedules, as a Markdown table."""
     rewards, normalizers = _mean_over_cases(result, "reward"), _mean_over_cases(result, "log_z")
     sizes = sorted({c["particles"] for c in result["cells"]})
-    lines = ["| sampler | value | " + " | ".join(f"E[r], K={k}" for k in sizes) + " | " + " | ".join(f"log Z, K={k}" for k in sizes) + " |"]
+    lines = [
+        "| sampler | value | "
+        + " | ".join(f"E[r], K={k}" for k in sizes)
+        + " | "
+        + " | ".join(f"log Z, K={k}" for k in sizes)
+        + " |"
+    ]
     lines.append("|---|---|" + "---|" * (2 * len(sizes)))
     for (name, kind), points in rewards.items():
         other = normalizers.get((name, kind))

@@ -5,7 +5,6 @@ without a network.  Samplers whose cost depends on the values they meet (rbf, ba
 the real run holds in any case.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any

@@ -43,8 +43,12 @@ def draw_trace(trace: dict[str, Any], row: int = 0) -> Figure:
     elif trace.get("lookahead"):
         drawn.append(lambda axis: _candidates(axis, {"rewards": trace["lookahead"]["rewards"], "chosen": None}, row))
     if not drawn:
-        raise ValueError(f"the sampler {trace['sampler']['name']!r} compared nothing in this run; there is nothing to draw")
-    for axis, draw in zip(np.atleast_1d(figure.subplots(1, len(drawn), width_ratios=[3, 2][: len(drawn)])), drawn, strict=True):
+        raise ValueError(
+            f"the sampler {trace['sampler']['name']!r} compared nothing in this run; there is nothing to draw"
+        )
+    for axis, draw in zip(
+        np.atleast_1d(figure.subplots(1, len(drawn), width_ratios=[3, 2][: len(drawn)])), drawn, strict=True
+    ):
         draw(axis)
     reward = "" if trace.get("rewards") is None else f"   reward {trace['rewards'][row]:.3f}"
     figure.suptitle(f"{trace['sampler']['name']}: {trace['prompts'][row]}{reward}", fontsize=10)
@@ -106,7 +110,13 @@ def _lineage(axis: Axes, levels: list[dict[str, Any]], row: int, trace: dict[str
         ancestors = entry["ancestors"][row]
         for slot, ancestor in enumerate(ancestors):
             mine = slot in followed
-            axis.plot([before, entry["level"]], [ancestor, slot], color=_CHOSEN if mine else _OTHER, lw=1.8 if mine else 0.7, zorder=1 + mine)
+            axis.plot(
+                [before, entry["level"]],
+                [ancestor, slot],
+                color=_CHOSEN if mine else _OTHER,
+                lw=1.8 if mine else 0.7,
+                zorder=1 + mine,
+            )
         followed = {ancestors[slot] for slot in followed if slot < len(ancestors)}
     sizes = [entry["effective_sample_size"][row] for entry in entries if "effective_sample_size" in entry]
     note = f", mean effective sample size {np.mean(sizes):.1f}" if sizes else ""

@@ -182,7 +182,9 @@ def _call(
     judge = None if reward is None else load_judge(reward)
     scorer = None if value is None else load_value(value)
     if isinstance(scorer, Estimator) and judge is None:
-        raise ValueError(f"{type(scorer).__name__} estimates the images that a reward is to judge; pass a reward as well")
+        raise ValueError(
+            f"{type(scorer).__name__} estimates the images that a reward is to judge; pass a reward as well"
+        )
     caps = budget if isinstance(budget, Budget) else Budget(evaluations=budget)
     ledger = Ledger(caps, images=len(prompts))
     with torch.no_grad(), ExitStack() as stack:

@@ -12,4 +12,10 @@ __all__ = [
     "Composite",
     "RewardError",
     "Term",
-    "checked_scores", "import_object", "judged", "name_of", "shapes_correct", "shapes_verifier"]
+    "checked_scores",
+    "import_object",
+    "judged",
+    "name_of",
+    "shapes_correct",
+    "shapes_verifier",
+]

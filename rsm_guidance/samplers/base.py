@@ -99,14 +99,21 @@ class Problem:
         if reward is None and self.value is None:
             return None
         prompts = [self.denoiser.prompts[r] for r in rows.tolist()]
-        images = None if reward is None and self.watch is None else self.denoiser.decode(x0, rows)
         if reward is None:
             scores = self.values(x0, self.denoiser.steps, rows)
-        else:
-            self.ledger.reward_calls += len(x0)
-            scores = judged(lambda: reward(images, prompts), len(x0), name_of(reward))
-        if self.watch is not None and images is not None:
-            self.watch.see(images, prompts, rows, scores)
+            if self.watch is not None:
+                self.watch.see(self.denoiser.decode(x0, rows), prompts, rows, scores)
+            return scores
+        self.ledger.reward_calls += len(x0)
+        images: list[Tensor] = []
+
+        def judge() -> Tensor:
+            images.append(self.denoiser.decode(x0, rows))
+            return reward(images[0], prompts)
+
+        scores = judged(judge, len(x0), name_of(reward))
+        if self.watch is not None:
+            self.watch.see(images[0], prompts, rows, scores)
         return scores
 
     def require_judge(self, sampler: str) -> None:

@@ -25,7 +25,7 @@ class BestOfN:
     """
 
     name: ClassVar[str] = "best-of-n"
-    scales: ClassVar[str] = "candidates"
+    scales: ClassVar[str | None] = "candidates"
     candidates: int = 4
     transition: Transition = Transition("scheduler")
     batch_rows: int = 64

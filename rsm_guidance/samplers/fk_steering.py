@@ -60,7 +60,7 @@ class FKSteering:
     """
 
     name: ClassVar[str] = "fk-steering"
-    scales: ClassVar[str] = "particles"
+    scales: ClassVar[str | None] = "particles"
     particles: int = 4
     temperature: float = 1.0
     potential: Literal["difference", "max", "sum"] = "difference"
@@ -93,7 +93,9 @@ class FKSteering:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
         if not self.transition.stochastic and self.particles > 1:
-            raise ValueError("particles need a stochastic transition (ddim, cps, flow_sde, glass): copies would stay copies")
+            raise ValueError(
+                "particles need a stochastic transition (ddim, cps, flow_sde, glass): copies would stay copies"
+            )
 
     def sample(self, problem: Problem) -> SamplerOutput:
         """Cost per image: K times an unguided sample, and K value evaluations at each weighed level (free of denoiser

@@ -36,7 +36,7 @@ class Funnel:
     """
 
     name: ClassVar[str] = "funnel"
-    scales: ClassVar[str] = "candidates"
+    scales: ClassVar[str | None] = "candidates"
     candidates: int = 8
     survivors: int = 1
     start: float = 0.3

@@ -7,7 +7,8 @@ w^r_k = softmax(the same + r_k / lambda).  The posterior mean moves by their dif
     x0' = x0 + strength sum_k (w^r_k - w_k) x0^k,
 
 which is the score difference alpha / sigma^2 sum_k (w^r_k - w_k) x0^k.  With many lookahead samples and strength 1 this is
-exact guidance to p(x0) exp(r / lambda) / Z; with few it pulls towards the best of them.  The reward may be a black box.
+exact guidance to p(x0) exp(r / lambda) / Z; with few it pulls towards the best of them, and needs the larger strength that the
+paper takes, too (12.5).  The reward may be a black box.
 Rewards are standardised per prompt unless `standardize` is off (ours: `temperature` is then a number of standard deviations,
 whatever the reward's units).
 """
@@ -46,13 +47,13 @@ class Lidar:
     """
 
     name: ClassVar[str] = "lidar"
-    scales: ClassVar[str] = "candidates"
+    scales: ClassVar[str | None] = "candidates"
     candidates: int = 8
     lookahead_steps: int = 5
-    strength: float = 1.0
-    temperature: float = 0.01
+    strength: float = 8.0
+    temperature: float = 0.002
     standardize: bool = True
-    window: tuple[float, float] = (0.0, 1.0)
+    window: tuple[float, float] = (0.6, 1.0)
     transition: Transition = Transition("cps", 0.9)
 
     def __post_init__(self) -> None:
@@ -66,7 +67,9 @@ class Lidar:
         if not 0 <= self.window[0] < self.window[1] <= 1:
             raise ValueError(f"window must be (low, high) with 0 <= low < high <= 1; got {self.window}")
         if self.transition.kind in ("scheduler", "glass"):
-            raise ValueError(f"the transition {self.transition.kind!r} cannot be guided; choose ode, ddim, cps or flow_sde")
+            raise ValueError(
+                f"the transition {self.transition.kind!r} cannot be guided; choose ode, ddim, cps or flow_sde"
+            )
 
     def sample(self, problem: Problem) -> SamplerOutput:
         """Cost per image: an unguided sample, and K times `lookahead_steps` denoiser evaluations and a final score.

@@ -29,7 +29,9 @@ class Monitor:
 
     def __post_init__(self) -> None:
         if not callable(self.reward):
-            raise ValueError(f"a monitor's reward is a function of images and prompts; got {type(self.reward).__name__}")
+            raise ValueError(
+                f"a monitor's reward is a function of images and prompts; got {type(self.reward).__name__}"
+            )
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"patience must be at least 1; got {self.patience}")
 

@@ -58,7 +58,7 @@ class RewardGradient:
     """
 
     name: ClassVar[str] = "reward-gradient"
-    scales: ClassVar[str] = "trajectories"
+    scales: ClassVar[str | None] = "trajectories"
     strength: float = 0.2
     push: Literal["mean", "drift", "noise", "velocity"] = "mean"
     scale: Literal["auto", "plain"] = "auto"
@@ -79,7 +79,9 @@ class RewardGradient:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
         if self.scale == "plain" and self.push in ("drift", "noise"):
-            raise ValueError(f"push={self.push!r} is normalised by definition; use scale='auto', or push another quantity")
+            raise ValueError(
+                f"push={self.push!r} is normalised by definition; use scale='auto', or push another quantity"
+            )
         if not 0 < self.largest:
             raise ValueError(f"largest must be positive; got {self.largest}")
         if not 0 <= self.window[0] < self.window[1] <= 1:
@@ -202,9 +204,7 @@ class RewardGradient:
         direction = gradient * _wide(length / size, gradient).to(gradient)
         if self.push == "velocity":
             tilted = self._tilted(prediction, direction, schedule, level)
-            guided = problem.step(
-                self.transition(tilted, schedule, level, level + 1), level, slots, child=repeat
-            )
+            guided = problem.step(self.transition(tilted, schedule, level, level + 1), level, slots, child=repeat)
         elif self.push == "noise" and gaussian.std > 0:
             noise = (plain - gaussian.mean) / gaussian.std
             kept = _wide((1 - strength**2).sqrt(), noise).to(noise)

@@ -35,7 +35,7 @@ class RollingSelection:
     """
 
     name: ClassVar[str] = "rbf"
-    scales: ClassVar[str] = "candidates"
+    scales: ClassVar[str | None] = "candidates"
     candidates: int = 4
     threshold: float | None = None
     transition: Transition = Transition("cps", 0.9)

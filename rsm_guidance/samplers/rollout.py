@@ -85,7 +85,7 @@ class Unguided:
     """
 
     name: ClassVar[str] = "none"
-    scales: ClassVar[None] = None
+    scales: ClassVar[str | None] = None
     transition: Transition = Transition("scheduler")
 
     def sample(self, problem: Problem) -> SamplerOutput:

@@ -49,7 +49,7 @@ class TwistedSMC:
     """
 
     name: ClassVar[str] = "smc"
-    scales: ClassVar[str] = "particles"
+    scales: ClassVar[str | None] = "particles"
     particles: int = 4
     temperature: float = 1.0
     power: float = 0.0

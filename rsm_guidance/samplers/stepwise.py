@@ -46,7 +46,7 @@ class StepwiseSampling:
     """
 
     name: ClassVar[str] = "stepwise"
-    scales: ClassVar[str] = "candidates"
+    scales: ClassVar[str | None] = "candidates"
     candidates: int = 4
     transition: Transition = Transition("cps", 0.9)
     window: tuple[float, float] = (0.0, 1.0)

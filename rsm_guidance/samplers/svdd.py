@@ -38,7 +38,7 @@ class SVDD:
     """
 
     name: ClassVar[str] = "svdd"
-    scales: ClassVar[str] = "candidates"
+    scales: ClassVar[str | None] = "candidates"
     candidates: int = 4
     block: int = 1
     temperature: float = 0.0

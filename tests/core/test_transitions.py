@@ -271,7 +271,9 @@ def glass_run(schedule: NoiseSchedule, inner: int, count: int) -> list[tuple[int
     return states
 
 
-@pytest.mark.parametrize("schedule", [NoiseSchedule.flow(64), NoiseSchedule.variance_preserving(64)], ids=["flow", "vp"])
+@pytest.mark.parametrize(
+    "schedule", [NoiseSchedule.flow(64), NoiseSchedule.variance_preserving(64)], ids=["flow", "vp"]
+)
 def test_glass_preserves_the_marginal_of_every_level(schedule: NoiseSchedule) -> None:
     """Mean, variance and the whole distribution function (Kolmogorov-Smirnov) at every stop, with 4 wide transitions."""
     mixture = GaussianMixture.from_weights([0.3, 0.7], [[-2.0], [1.0]], 0.25)

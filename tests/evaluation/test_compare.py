@@ -82,7 +82,17 @@ def test_an_interrupted_comparison_goes_on_without_redoing_what_is_done(
 def test_processes_share_the_work(tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))
-    arguments = ["compare", "--prompts", str(prompts), "--samplers", "none,best-of-n", "--budgets", "30", "--steps", "5"]
+    arguments = [
+        "compare",
+        "--prompts",
+        str(prompts),
+        "--samplers",
+        "none,best-of-n",
+        "--budgets",
+        "30",
+        "--steps",
+        "5",
+    ]
     arguments += ["--monitor", "shapes-correct", "--pairs", "2", "--out"]
     main([*arguments, str(tmp_path / "one")])
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
@@ -107,7 +117,11 @@ def test_processes_share_the_work(tmp_path: Path) -> None:
     ],
 )
 def test_bad_input_is_one_sentence(
-    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:

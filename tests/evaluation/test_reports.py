@@ -31,7 +31,11 @@ def test_values_foretell_better_where_there_is_less_noise(tmp_path: Path) -> Non
     late = {name: figures[-1]["correlation"] for name, figures in result["estimators"].items()}
     assert late["Tweedie"] > 0.5 and set(late) == {"Tweedie", "smoothed, 4", "lookahead, 2", "lookahead, 4", "DRM"}
     assert "| lookahead, 4 | 8.00 |" in values_table(result)
-    for options, words in (({"runs": 1}, "2 runs"), ({"levels": (0.0,)}, "between 0 and 1"), ({"reward": "shapes-drm"}, "function")):
+    for options, words in (
+        ({"runs": 1}, "2 runs"),
+        ({"levels": (0.0,)}, "between 0 and 1"),
+        ({"reward": "shapes-drm"}, "function"),
+    ):
         with pytest.raises(ValueError, match=words):
             run_values_benchmark(ValuesBenchmark(out, **options))  # type: ignore[arg-type]
 

@@ -119,3 +119,69 @@ def test_guidance_with_a_plain_function_raises_that_function(guided: DiffusionPi
     for sampler in (rg.BestOfN(4, CPS), rg.StepwiseSampling(4, CPS)):
         best = guided(prompt=prompts, seed=0, sampler=sampler, reward=redness, **CALL).rewards
         assert np.mean(best) > np.mean(base) + 0.005
+
+
+# --- every sampler ---
+
+ALL = [name for name in rg.SAMPLERS if name != "none"]
+SEVEN = [*PROMPTS, "a star", "three green squares", "a cross", "a blue circle with a yellow star"]
+DRAWS = ("tree-sampling",)  # returns a draw among equals, not the first of them
+
+
+def blueness(batch: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    return (batch[:, 2] - batch[:, 0]).mean((1, 2))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_sampler_gives_a_prompt_its_image_in_any_batch_and_order(
+    guided: DiffusionPipeline, drm: rg.DiffusionRewardModel, name: str
+) -> None:
+    def run(prompts: list[str]) -> np.ndarray:
+        return as_bytes(images(guided, prompts, seed=5, sampler=name, reward=drm))
+
+    whole = run(SEVEN)
+    assert np.abs(run(SEVEN[2:3]) - whole[2:3]).max() <= 1
+    assert np.abs(run(SEVEN[::-1])[::-1] - whole).max() <= 1
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_constant_reward_leaves_every_sampler_the_unguided_run(guided: DiffusionPipeline, name: str) -> None:
+    def constant(batch: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        return 7 + 0 * batch.mean((1, 2, 3))
+
+    sampler = rg.make_sampler(name)
+    plain = as_bytes(images(guided, PROMPTS, seed=2, sampler=rg.Unguided(sampler.transition)))  # type: ignore[attr-defined]
+    got = as_bytes(images(guided, PROMPTS, seed=2, sampler=sampler, reward=constant))
+    if name in DRAWS:
+        assert np.isfinite(got).all()
+    else:
+        assert np.abs(got - plain).max() <= 1
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_sampler_raises_a_reward_and_does_not_mind_its_offset(guided: DiffusionPipeline, name: str) -> None:
+    def shifted(batch: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        return blueness(batch, prompts) + 64
+
+    sampler = rg.make_sampler(name)
+    base = guided(prompt=SEVEN, seed=0, sampler=rg.Unguided(sampler.transition), reward=blueness, **CALL)  # type: ignore[attr-defined]
+    out = guided(prompt=SEVEN, seed=0, sampler=sampler, reward=blueness, **CALL)
+    assert np.mean(out.rewards) > np.mean(base.rewards) and np.isfinite(out.images).all()
+    again = guided(prompt=SEVEN, seed=0, sampler=sampler, reward=shifted, **CALL)
+    close = np.abs(np.array(again.rewards) - 64 - out.rewards) < 1e-3  # 64 costs digits, which may turn a near tie
+    assert close.mean() > 0.6
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_rewards_that_are_not_numbers_end_every_sampler_with_their_name(guided: DiffusionPipeline, name: str) -> None:
+    def broken(batch: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        return blueness(batch, prompts) * torch.nan
+
+    with pytest.raises(ValueError, match="broken returned nan"):
+        images(guided, PROMPTS[:1], seed=0, sampler=name, reward=broken)
+
+
+@pytest.mark.parametrize("name", ["smc", "reward-gradient"])
+def test_rewards_without_gradients_are_refused_where_one_is_needed(guided: DiffusionPipeline, name: str) -> None:
+    with pytest.raises(ValueError, match="not differentiable"):
+        images(guided, PROMPTS[:1], seed=0, sampler=name, reward=rg.load_judge("shapes-verifier"))

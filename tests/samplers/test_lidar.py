@@ -14,7 +14,7 @@ from tests.samplers.test_particles import ANCESTRAL, CASES, SCHEDULES, SHORT, pr
 @pytest.mark.parametrize("name", ["flow", "vp"])
 def test_many_lookahead_samples_guide_to_the_tilted_posterior(name: str) -> None:
     tilted, _ = tilt(*CASES["linear"])
-    sampler = Lidar(400, 100, 1.0, 1.0, standardize=False, transition=ANCESTRAL)
+    sampler = Lidar(400, 100, 1.0, 1.0, False, (0.0, 1.0), ANCESTRAL)
     x = sampler.sample(problem("linear", SCHEDULES[name], 400)).latents[:, 0]
     assert abs(float(x.mean() - tilted.mean)) < 0.2
     assert abs(float((x > 0).double().mean()) - 0.982014) < 0.03
@@ -23,7 +23,9 @@ def test_many_lookahead_samples_guide_to_the_tilted_posterior(name: str) -> None
 @pytest.mark.parametrize("transition", [ANCESTRAL, Transition("ode"), Transition("cps", 0.5)])
 def test_it_climbs_and_does_nothing_without_a_choice(transition: Transition) -> None:
     plain = Unguided(transition).sample(problem("ring", SHORT, 60))
-    guided = Lidar(transition=transition).sample(problem("ring", SHORT, 60))
+    guided = Lidar(strength=1.0, temperature=0.01, window=(0.0, 1.0), transition=transition).sample(
+        problem("ring", SHORT, 60)
+    )
     assert plain.rewards is not None and guided.rewards is not None
     assert guided.rewards.mean() > plain.rewards.mean() + 2
     for sampler in (Lidar(1, transition=transition), Lidar(strength=0.0, transition=transition)):

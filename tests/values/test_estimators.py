@@ -34,16 +34,19 @@ def estimate(estimator: Any, points: list[float], level: int, levels: NoiseSched
     x = torch.tensor(points, dtype=torch.float64)[:, None]
     denoiser = GaussianMixtureDenoiser(MIXTURE, levels, ["a"])
     ledger = Ledger()
-    judge = EstimatedValue(
-        denoiser, lambda x, p: REWARD(x), ledger, estimator, RandomStreams.for_prompts(0, ["a"])
-    )
+    judge = EstimatedValue(denoiser, lambda x, p: REWARD(x), ledger, estimator, RandomStreams.for_prompts(0, ["a"]))
     found = judge(x, level, torch.zeros(len(x), dtype=torch.int64))
     return found, value(MIXTURE, REWARD, x, *levels.coefficients(level)), ledger
 
 
 @pytest.mark.parametrize(
     ("square", "x", "tweedie", "exact"),
-    [(0.01, 0.0, -4.0, -0.8955), (0.5, 0.0, -4.0, -0.9756), (0.5, -1.0, -14.811, -5.0348), (0.5, 1.0, -0.0229, -0.1888)],
+    [
+        (0.01, 0.0, -4.0, -0.8955),
+        (0.5, 0.0, -4.0, -0.9756),
+        (0.5, -1.0, -14.811, -5.0348),
+        (0.5, 1.0, -0.0229, -0.1888),
+    ],
 )
 def test_tweedies_bias_is_as_computed_by_hand(square: float, x: float, tweedie: float, exact: float) -> None:
     found, truth, ledger = estimate(Tweedie(), [x], 0, schedule([square]))

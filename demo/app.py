@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from rsm_guidance import SAMPLERS, GuidedPipelineOutput, Transition, Unguided, load_judge, make_sampler
 from rsm_guidance.evaluation.generate import Generation, load_pipeline
+from rsm_guidance.evaluation.traces import draw_trace
 from rsm_guidance.samplers import Progress, Sampler
 from rsm_guidance.shapes import model_path, parse_caption, verify
 
@@ -64,9 +64,9 @@ class Abandoned(Exception):
 
 
 def build_sampler(name: str, candidates: int) -> Sampler:
-    """The sampler of that name with its defaults, and with as many candidates, or particles, where it has any."""
-    takes = inspect.signature(SAMPLERS[name]).parameters if name in SAMPLERS else {}
-    return make_sampler(name, **{n: candidates for n in ("candidates", "particles") if n in takes})
+    """The sampler of that name with its defaults, and as large as asked where it has a size."""
+    scales = SAMPLERS[name].scales if name in SAMPLERS else None
+    return make_sampler(name, **({scales: candidates} if scales else {}))
 
 
 @torch.no_grad()
@@ -146,37 +146,14 @@ def table(outcome: Outcome, prompt: str, verifiable: bool) -> list[list[str]]:
     return rows
 
 
-def chosen_path(trace: dict[str, Any]) -> list[tuple[int, list[float], int]]:
-    """Level, scores and the chosen one of them for the first image, from noise to image."""
-    points: list[tuple[int, list[float], int]] = []
-    chosen = 0
-    if "candidates" in trace:  # whole images were compared, at the clean end
-        chosen = trace["candidates"]["chosen"][0]
-        points.append((trace["steps"], trace["candidates"]["rewards"][0], chosen))
-    for entry in reversed(trace["levels"]):
-        # Of particles, the ancestor of the one that was chosen in the end.
-        chosen = entry["chosen"][0] if "chosen" in entry else entry["ancestors"][0][chosen]
-        points.append((entry["level"], entry["scores"][0], chosen))
-    return points[::-1]
-
-
-def score_plot(trace: dict[str, Any]) -> Figure:
-    """Every candidate's score as a dot over the steps, the chosen ones joined by a line."""
-    steps, points = trace["steps"], chosen_path(trace)
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
-    axes = figure.subplots()
-    axes.set(xlabel="step", ylabel="score", title="score per step", xlim=(0, steps + 0.5))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.spines[["top", "right"]].set_visible(False)
-    if not points:
-        axes.text(0.5, 0.5, "this run compared no candidates", transform=axes.transAxes, ha="center", color="gray")
+def trace_plot(trace: dict[str, Any]) -> Figure:
+    """The run as a picture, or a note that it compared nothing."""
+    try:
+        return draw_trace(trace)
+    except ValueError:
+        figure = Figure(figsize=(7, 2), layout="constrained")
+        figure.text(0.5, 0.5, "this run compared no candidates", ha="center", color="gray")
         return figure
-    dots = np.array([(level, score) for level, scores, _ in points for score in scores])
-    line = np.array([(level, scores[k]) for level, scores, k in points])
-    axes.plot(*dots.T, "o", ms=3.5, color="0.65", label="candidates")
-    axes.plot(*line.T, "o-", ms=5, lw=1.5, color="tab:red", label="chosen")
-    axes.legend(frameon=False)
-    return figure
 
 
 def build_demo(model: str = "shapes", reward: str = "shapes-drm") -> gr.Blocks:
@@ -208,7 +185,7 @@ def build_demo(model: str = "shapes", reward: str = "shapes-drm") -> gr.Blocks:
                     rows = table(event, prompt, embedded)
                     status = f"Done: {sampler}, seed {int(seed)}, {int(steps)} steps."
                     images = event.unguided.images[0], event.guided.images[0]
-                    yield *images, status, rows, score_plot(event.guided.trace)
+                    yield *images, status, rows, trace_plot(event.guided.trace)
         except ValueError as error:
             yield None, None, "Nothing was drawn.", None, None
             raise gr.Error(str(error), print_exception=False) from error
@@ -221,7 +198,7 @@ def build_demo(model: str = "shapes", reward: str = "shapes-drm") -> gr.Blocks:
                 gr.Examples([[text] for text in EXAMPLES], [prompt])
                 names, hint = list(SAMPLERS), "The preview of best-of-n is its first."
                 sampler = gr.Dropdown(names, value="stepwise", label="Sampler", info=hint)
-                candidates = gr.Slider(1, 16, value=4, step=1, label="K", info="Candidates; the sampler none has one.")
+                candidates = gr.Slider(1, 16, value=4, step=1, label="K", info="Candidates, particles, simulations or rounds.")
                 seed = gr.Number(0, label="Seed", precision=0)
                 steps = gr.Slider(1, 100, value=defaults.steps or stock_steps, step=1, label="Steps")
                 button = gr.Button("Generate", variant="primary")
@@ -234,7 +211,7 @@ def build_demo(model: str = "shapes", reward: str = "shapes-drm") -> gr.Blocks:
                 status = gr.Markdown("Press Generate.")
                 results = gr.Dataframe(headers=list(HEADERS), interactive=False, label="Reward and cost")
                 gr.Markdown("A value model's calls count by their share of the denoiser. Seconds include the previews.")
-                plot = gr.Plot(label="Score per step", show_label=False)
+                plot = gr.Plot(label="What was tried", show_label=False)
                 gr.Markdown("Scores compare the candidates of one step; from step to step they need not be comparable.")
         inputs, outputs = [prompt, sampler, candidates, seed, steps], [unguided, guided, status, results, plot]
         button.click(handler, inputs, outputs, api_name="generate", concurrency_limit=1, show_progress_on=status)

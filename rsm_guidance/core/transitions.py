@@ -157,7 +157,7 @@ class Transition:
     Attributes:
         kind: "ode", "ddim", "cps", "flow_sde"; "glass" for samplers that move whole trajectories; or "scheduler" for the
             pipeline's own solver, which may be any, but can only be followed from start to end (samplers `none` and
-            `best-of-n`).
+            `best-of-n`, and `noise-search`).
         noise: eta in [0, 1] for ddim and cps, a >= 0 for flow_sde; ignored by the others.
         inner: levels that one transition of "glass" takes, each a step of its inner ODE; 1 for all other kinds.
     """
@@ -191,13 +191,14 @@ class Transition:
             raise ValueError(f"a transition goes to a cleaner level; got {level} -> {target}")
         if self.kind == "scheduler":
             raise ValueError(
-                "the transition 'scheduler' cannot step between single levels, only whole runs of 'none' and 'best-of-n' "
+                "the transition 'scheduler' cannot step between single levels, only whole runs of 'none', 'best-of-n' and "
+                "'noise-search' "
                 "can follow it; choose ode, ddim, cps or flow_sde"
             )
         if self.kind == "glass":
             raise ValueError(
                 "the transition 'glass' is no single Gaussian, so children cannot share their parent's evaluation; use it "
-                "with none, best-of-n, fk-steering, funnel or tree samplers, or choose ddim, cps or flow_sde"
+                "with none, best-of-n, fk-steering or funnel, or choose ddim, cps or flow_sde"
             )
         if self.kind == "ode":
             return ode(prediction, schedule, level, target)

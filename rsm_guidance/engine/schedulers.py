@@ -96,7 +96,7 @@ def read_levels(scheduler: SchedulerMixin, state: dict[str, Any], steps: int) ->
         raise ValueError(
             f"this sampler steps from level to level by itself, which {type(scheduler).__name__} does not allow: {reason}; "
             "set pipe.scheduler to DDIMScheduler or EulerDiscreteScheduler (FlowMatchEulerDiscreteScheduler on a flow "
-            "model), or use 'none' or 'best-of-n' with the transition 'scheduler'"
+            "model), or use 'none', 'best-of-n' or 'noise-search' with the transition 'scheduler'"
         )
     timesteps = state["timesteps"].double().cpu()[-steps:]
     flow = _is(scheduler, _FLOW) or bool(scheduler.config.get("use_flow_sigmas"))

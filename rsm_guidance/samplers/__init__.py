@@ -6,18 +6,24 @@ from typing import Any
 import yaml
 
 from rsm_guidance.core.transitions import Transition
+from rsm_guidance.samplers.backtracking import Backtracking
 from rsm_guidance.samplers.base import Interrupted, Problem, Progress, Sampler, SamplerOutput
 from rsm_guidance.samplers.best_of_n import BestOfN
+from rsm_guidance.samplers.demon import Demon
 from rsm_guidance.samplers.fk_steering import FKSteering
 from rsm_guidance.samplers.funnel import Funnel
 from rsm_guidance.samplers.lidar import Lidar
 from rsm_guidance.samplers.monitor import Monitor, Watch
+from rsm_guidance.samplers.noise_optimization import NoiseOptimization
+from rsm_guidance.samplers.noise_search import NoiseSearch
+from rsm_guidance.samplers.psi import CrankNicolson, PsiSampler
 from rsm_guidance.samplers.reward_gradient import RewardGradient
 from rsm_guidance.samplers.rolling import RollingSelection
 from rsm_guidance.samplers.rollout import Unguided
 from rsm_guidance.samplers.smc import TwistedSMC
 from rsm_guidance.samplers.stepwise import StepwiseSampling
 from rsm_guidance.samplers.svdd import SVDD
+from rsm_guidance.samplers.tree import TreeSampling, TreeSearch
 
 SAMPLERS: dict[str, type[Sampler]] = {
     cls.name: cls
@@ -32,6 +38,13 @@ SAMPLERS: dict[str, type[Sampler]] = {
         TwistedSMC,
         RewardGradient,
         Lidar,
+        Demon,
+        Backtracking,
+        NoiseSearch,
+        NoiseOptimization,
+        PsiSampler,
+        TreeSampling,
+        TreeSearch,
     )
 }
 
@@ -92,20 +105,28 @@ def _value(text: str) -> Any:
 __all__ = [
     "SAMPLERS",
     "SVDD",
+    "Backtracking",
     "BestOfN",
+    "CrankNicolson",
+    "Demon",
     "FKSteering",
     "Funnel",
     "Interrupted",
     "Lidar",
     "Monitor",
+    "NoiseOptimization",
+    "NoiseSearch",
     "Problem",
     "Progress",
+    "PsiSampler",
     "RewardGradient",
     "RollingSelection",
     "Sampler",
     "SamplerOutput",
     "StepwiseSampling",
     "Transition",
+    "TreeSampling",
+    "TreeSearch",
     "TwistedSMC",
     "Unguided",
     "Watch",

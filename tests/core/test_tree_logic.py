@@ -116,7 +116,7 @@ def test_restarts_are_unbiased_for_the_normalizer_at_any_size_and_bellman_values
     exact = math.fsum(math.exp(2 * r) for r in REWARD.values()) / 16
     rng = random.Random(0)
     for simulations in (2, 7, 16):
-        trees = [restarted(rng, simulations) for _ in range(4000)]
+        trees = [restarted(rng, simulations) for _ in range(2500)]
         z = [math.exp(t.log_normalizer(True)) / exact for t in trees]
         mean = math.fsum(z) / len(z)
         error = math.sqrt(math.fsum((v - mean) ** 2 for v in z)) / len(z)

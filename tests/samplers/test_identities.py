@@ -125,7 +125,7 @@ def test_guidance_with_a_plain_function_raises_that_function(guided: DiffusionPi
 
 ALL = [name for name in rg.SAMPLERS if name != "none"]
 SEVEN = [*PROMPTS, "a star", "three green squares", "a cross", "a blue circle with a yellow star"]
-DRAWS = ("tree-sampling",)  # returns a draw among equals, not the first of them
+DRAWS = ("psi", "tree-sampling")  # start from a draw, or return a draw among equals
 
 
 def blueness(batch: torch.Tensor, prompts: list[str]) -> torch.Tensor:
@@ -163,7 +163,7 @@ def test_every_sampler_raises_a_reward_and_does_not_mind_its_offset(guided: Diff
     def shifted(batch: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         return blueness(batch, prompts) + 64
 
-    sampler = rg.make_sampler(name)
+    sampler = rg.make_sampler(name, **({"temperature": 1e-3} if name == "tree-sampling" else {}))
     base = guided(prompt=SEVEN, seed=0, sampler=rg.Unguided(sampler.transition), reward=blueness, **CALL)  # type: ignore[attr-defined]
     out = guided(prompt=SEVEN, seed=0, sampler=sampler, reward=blueness, **CALL)
     assert np.mean(out.rewards) > np.mean(base.rewards) and np.isfinite(out.images).all()

@@ -1,0 +1,257 @@
+"""Depth-first search with backtracking: "Inference-time scaling of diffusion models through classical search" (arXiv 2505.23614).
+
+A trajectory goes on while its value passes the bar delta_t of the level it has reached.  When it does not, it is noised back
+by some levels with fresh noise and tries again; easy prompts spend little, hard ones more.  When its attempts are used up,
+it goes on from the best state seen at that level.
+
+Ours: levels are checked a few times in a run, the clean one last, and its judge is the final reward.  The attempts are shared
+out over the checks: what an earlier one leaves unused serves the later ones.  Whatever ends the attempts, the best state
+seen at the check continues.  `threshold=None` needs no bar in the reward's units: a state passes if it reaches the
+`quantile` of all values that its own prompt has seen at this check, of which there must be two at least.
+Prompts move together, in rounds at the noisiest level at which one of them stands.  Greedy.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from rsm_guidance.core.transitions import Transition
+from rsm_guidance.samplers.base import (
+    Interrupted,
+    Problem,
+    SamplerOutput,
+    check_deadline,
+    finished,
+    interruptible,
+    new_trace,
+)
+from rsm_guidance.samplers.noise_search import noise_back
+
+
+@dataclass(frozen=True)
+class Backtracking:
+    """Go back and try again where the value falls short.
+
+    Attributes:
+        attempts: how often a trajectory may go back in all, >= 0.
+        back: how far it goes back, as a share of the run's levels, in (0, 1].
+        checks: levels at which it is judged, evenly spread up to the clean one, >= 1.
+        threshold: value that passes; None takes the bar from the values seen so far.
+        quantile: of these values, in [0, 1].
+        transition: how to step; a deterministic one will do, since going back brings new noise, but less of it.
+    """
+
+    name: ClassVar[str] = "backtracking"
+    scales: ClassVar[str | None] = "attempts"
+    attempts: int = 6
+    back: float = 0.5
+    checks: int = 4
+    threshold: float | None = None
+    quantile: float = 0.5
+    transition: Transition = Transition("cps", 0.9)
+
+    def __post_init__(self) -> None:
+        if self.attempts < 0 or self.checks < 1:
+            raise ValueError(
+                f"attempts must be at least 0 and checks at least 1; got {self.attempts} and {self.checks}"
+            )
+        if not 0 < self.back <= 1:
+            raise ValueError(f"back is a share of the run, in (0, 1]; got {self.back}")
+        if not 0 <= self.quantile <= 1:
+            raise ValueError(f"quantile must be in [0, 1]; got {self.quantile}")
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise ValueError(f"threshold must be finite; got {self.threshold}")
+        if self.transition.kind in ("scheduler", "glass"):
+            raise ValueError(
+                f"the transition {self.transition.kind!r} cannot be stopped at single levels; choose ode, ddim, cps or flow_sde"
+            )
+
+    def sample(self, problem: Problem) -> SamplerOutput:
+        """Cost per image: an unguided sample, a value evaluation at each check, and for every attempt that is used
+        `back` of a run and another evaluation.  An image's budget bounds its attempts, whatever the others use.
+        """
+        if self.attempts:
+            problem.require_judge(self.name)
+        if self.attempts and self.checks > 1 and problem.value is None:
+            raise ValueError(
+                "the sampler 'backtracking' scores noisy latents: pass a diffusion reward model, or a reward"
+            )
+        problem.require_budget()
+        search = _Search(self, problem)
+        trace = new_trace(self, problem) | {"visits": search.visits}
+        try:
+            with interruptible(problem):
+                search.run()
+        except Interrupted:
+            if search.estimate is None:
+                raise
+            trace["levels"] = search.summary()
+            return finished(problem, search.so_far(), trace)
+        trace["levels"] = search.summary()
+        if search.checks and None not in search.rewards:
+            rewards = torch.tensor(search.rewards, dtype=torch.float64)
+            return finished(problem, search.x, trace, rewards)
+        return finished(problem, search.x, trace)
+
+
+class _Search:
+    """Where every row stands, and what it has seen."""
+
+    def __init__(self, config: Backtracking, problem: Problem) -> None:
+        self.config, self.problem = config, problem
+        self.schedule, count = problem.denoiser.schedule, problem.count
+        self.steps = self.schedule.steps
+        self.back = max(1, round(config.back * self.steps))
+        self.checks = self._affordable_checks()
+        self.x = problem.initial(0)
+        self.level = [0] * count
+        self.next = [0] * count  # index of the row's next check
+        self.used = [0] * count  # attempts
+        self.attempt = [0] * count  # that is under way, by which its noise is named; 0 where the row goes on
+        self.seen: list[list[list[float]]] = [[[] for _ in self.checks] for _ in range(count)]
+        self.best: list[Tensor | None] = [None] * count  # at the row's next check
+        self.rewards: list[float | None] = [None] * count
+        self.estimate: Tensor | None = None
+        self.visits: list[dict[str, Any]] = []
+
+    # --- what may be spent ---
+
+    def _price(self, level: int) -> tuple[float, int]:
+        """Denoiser evaluations and reward calls for judging one latent at a check."""
+        value = self.problem.value
+        if level == self.steps:
+            return self.problem.final_cost, self.problem.final_calls
+        assert value is not None
+        return value.evaluations_per_row, value.reward_calls_per_row
+
+    def _affordable_checks(self) -> list[int]:
+        """The levels at which to judge; none where there is nothing to go back for or to pay with."""
+        problem, config = self.problem, self.config
+        if not config.attempts:
+            return []
+        spread = torch.linspace(0, self.steps, config.checks + 1).round().long().tolist()
+        checks = sorted(set(spread) - {0})
+        prices = [self._price(level) for level in checks]
+        cost = self.steps * problem.denoiser.evaluations_per_row + sum(p for p, _ in prices)
+        calls = sum(c for _, c in prices)
+        if not problem.affords(cost * problem.count, calls * problem.count):
+            return []
+        budget = problem.ledger.budget
+        left = min([cap - more for cap, more in ((budget.reward_calls, 0), (budget.decodes, 1)) if cap] or [math.inf])
+        # What a single row may spend on going back, so that no row depends on the others.
+        self.spare = [(budget.evaluations or math.inf) - cost] * problem.count
+        self.spare_calls = [left - calls] * problem.count
+        return checks
+
+    def _try_again(self, row: int, level: int) -> bool:
+        """Whether a row that stands at a check has an attempt left, and pays for it."""
+        limit = math.ceil(self.config.attempts * (self.next[row] + 1) / len(self.checks))
+        if self.used[row] >= limit:
+            return False
+        judge, calls = self._price(level)
+        cost = min(self.back, level) * self.problem.denoiser.evaluations_per_row + judge
+        if cost > self.spare[row] + 1e-6 or calls > self.spare_calls[row]:
+            self.problem.ledger.stop("budget")
+            return False
+        self.spare[row] -= cost
+        self.spare_calls[row] -= calls
+        self.used[row] += 1
+        return True
+
+    # --- moving ---
+
+    def run(self) -> None:
+        """Take every row to the clean level."""
+        while min(self.level) < self.steps:
+            check_deadline(self.problem)
+            at = min(self.level)
+            rows = [r for r, level in enumerate(self.level) if level == at]
+            self._step(rows, at)
+            due = [r for r in rows if self.checks and self.checks[self.next[r]] == at + 1]
+            if due:
+                self._check(due, at + 1)
+
+    def _step(self, rows: list[int], level: int) -> None:
+        problem, index = self.problem, torch.tensor(rows)
+        prediction = problem.denoiser.predict(self.x[index], level, index)
+        gaussian = self.config.transition(prediction, self.schedule, level, level + 1)
+        moved = gaussian.mean
+        if gaussian.std > 0:
+            noise = [problem.streams.normal(r, moved.shape[1:], "step", 0, level, self.attempt[r]) for r in rows]
+            moved = gaussian.sample(torch.stack(noise))
+        self.x = self.x.clone()
+        self.x[index] = moved
+        self.estimate = prediction.x0.clone() if self.estimate is None else self.estimate
+        self.estimate[index] = prediction.x0
+        for row in rows:
+            self.level[row] = level + 1
+        problem.report(level, self.estimate)
+
+    def _check(self, rows: list[int], level: int) -> None:
+        """Judge rows at their check; each goes back, or on from the best state it has seen here."""
+        problem, index = self.problem, torch.tensor(rows)
+        judged = (
+            problem.final_rewards(self.x[index], index)
+            if level == self.steps
+            else problem.values(self.x[index], level, index)
+        )
+        assert judged is not None
+        back = []
+        for row, value in zip(rows, judged.tolist(), strict=True):
+            seen = self.seen[row][self.next[row]]
+            if not seen or value > max(seen):
+                self.best[row] = self.x[row].clone()
+            seen.append(value)
+            again = not self._passes(seen) and self._try_again(row, level)
+            self.visits.append({"row": row, "level": level, "value": value, "back": again})
+            if again:
+                back.append(row)
+            else:
+                self._accept(row, level)
+        if back:
+            target = max(0, level - self.back)
+            shape = self.x.shape[1:]
+            noise = [problem.streams.normal(r, shape, "back", level, self.used[r]) for r in back]
+            self.x[back] = noise_back(self.schedule, self.x[back], torch.stack(noise), level, target)
+            for row in back:
+                self.level[row], self.attempt[row] = target, self.used[row]
+
+    def _passes(self, seen: list[float]) -> bool:
+        if self.config.threshold is not None:
+            return seen[-1] >= self.config.threshold
+        values = torch.tensor(seen, dtype=torch.float64)
+        return len(seen) > 1 and seen[-1] >= float(values.quantile(self.config.quantile))
+
+    def _accept(self, row: int, level: int) -> None:
+        best, seen = self.best[row], self.seen[row][self.next[row]]
+        assert best is not None
+        self.x[row] = best
+        self.best[row], self.attempt[row] = None, 0
+        self.next[row] = min(self.next[row] + 1, len(self.checks) - 1)
+        if level == self.steps:
+            self.rewards[row] = max(seen)
+
+    # --- reports ---
+
+    def so_far(self) -> Tensor:
+        """Latents [B, ...] of an unfinished search: finished images where there are any, estimates elsewhere."""
+        assert self.estimate is not None
+        latents = self.estimate.clone()
+        for row, (reward, best) in enumerate(zip(self.rewards, self.best, strict=True)):
+            if reward is not None:
+                latents[row] = self.x[row]
+            elif best is not None and self.checks[self.next[row]] == self.steps:
+                latents[row] = best
+        return latents
+
+    def summary(self) -> list[dict[str, Any]]:
+        """Per check that all rows have reached: values seen by each row, and the one that went on."""
+        listed = []
+        for i, level in enumerate(self.checks):
+            scores = [rows[i] for rows in self.seen]
+            if all(scores):
+                listed.append({"level": level, "scores": scores, "chosen": [s.index(max(s)) for s in scores]})
+        return listed

@@ -198,7 +198,9 @@ def build_demo(model: str = "shapes", reward: str = "shapes-drm") -> gr.Blocks:
                 gr.Examples([[text] for text in EXAMPLES], [prompt])
                 names, hint = list(SAMPLERS), "The preview of best-of-n is its first."
                 sampler = gr.Dropdown(names, value="stepwise", label="Sampler", info=hint)
-                candidates = gr.Slider(1, 16, value=4, step=1, label="K", info="Candidates, particles, simulations or rounds.")
+                candidates = gr.Slider(
+                    1, 16, value=4, step=1, label="K", info="Candidates, particles, simulations or rounds."
+                )
                 seed = gr.Number(0, label="Seed", precision=0)
                 steps = gr.Slider(1, 100, value=defaults.steps or stock_steps, step=1, label="Steps")
                 button = gr.Button("Generate", variant="primary")

@@ -4,6 +4,7 @@ Per case, schedule, value and number of particles: the error of E[r], of log Z a
 over independent prompts.  What remains at many particles is the discretisation of the chain.
 """
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.core.schedule import NoiseSchedule, Prediction
 from rsm_guidance.core.transitions import Transition
 from rsm_guidance.evaluation.files import write_atomically, write_json
-from rsm_guidance.samplers import BestOfN, FKSteering, Problem, Sampler, SamplerOutput, TwistedSMC
+from rsm_guidance.samplers import BestOfN, FKSteering, Problem, Sampler, SamplerOutput, TreeSampling, TwistedSMC
 
 _ANCESTRAL = Transition("ddim", 1.0)
 
@@ -69,8 +70,8 @@ class ExactnessBenchmark:
     """Errors against the exact answer, as particles grow.
 
     Attributes:
-        out: JSON file for the result; a plot of the same name lies beside it.
-        particles: numbers of particles.
+        out: JSON file for the result; a plot of the same name lies beside it.  Cells found in it are not repeated.
+        particles: numbers of particles, or simulations.
         cases: names of mixtures.
         steps: levels of the schedules.
         work: particles in all prompts of one cell together; there are at least 50 prompts.
@@ -109,6 +110,7 @@ EXACT: dict[str, Sized] = {
     "fk-steering": lambda k: FKSteering(k, returned="sample", transition=_ANCESTRAL),
     "fk-steering, vasr": lambda k: FKSteering(k, threshold=1.0, returned="sample", transition=_ANCESTRAL),
     "smc": lambda k: TwistedSMC(k, returned="sample", transition=_ANCESTRAL),
+    "tree-sampling": lambda k: TreeSampling(k, transition=_ANCESTRAL),
 }
 GREEDY: dict[str, Sized] = {"best-of-n (greedy)": lambda k: BestOfN(k, _ANCESTRAL)}
 
@@ -172,19 +174,37 @@ def run_exactness_benchmark(config: ExactnessBenchmark) -> dict[str, Any]:
         for exact in (True, False)
         for name in (*EXACT, *(GREEDY if exact else ()))
         for k in config.particles
+        if exact or name != "tree-sampling"  # it reads no values
     ]
+    settings = {"steps": config.steps, "seed": config.seed}
+    done = _found(config.out, settings)
     rows = []
     for case, schedule, exact, name, k in tqdm(cells, desc="exactness", unit="cell"):
         prompts = max(50, config.work // k)
+        kind = "none" if name == "tree-sampling" else "exact" if exact else "tweedie"
+        cell = {"case": case, "schedule": schedule, "value": kind, "sampler": name, "particles": k, "prompts": prompts}
+        known = next((d for d in done if cell.items() <= d.items()), None)
+        if known is not None:
+            rows.append(known)
+            continue
         task, mixture, reward = mixture_problem(case, schedules[schedule], prompts, exact, config.seed)
         output = (EXACT | GREEDY)[name](k).sample(task)
-        kind = "exact" if exact else "tweedie"
-        cell = {"case": case, "schedule": schedule, "value": kind, "sampler": name, "particles": k, "prompts": prompts}
         rows.append(cell | errors(output, mixture, reward))
-    result = {"steps": config.steps, "seed": config.seed, "cells": rows}
+        write_json(config.out, settings | {"cells": rows + [d for d in done if d not in rows]})
+    result = settings | {"cells": rows}
     write_json(config.out, result)
     write_atomically(config.out.with_suffix(".png"), lambda path: plot(result).savefig(path, dpi=130))
     return result
+
+
+def _found(path: Path, settings: dict[str, int]) -> list[dict[str, Any]]:
+    """Cells of an earlier run with the same settings; none if there is no such file, or it is damaged."""
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        cells: list[dict[str, Any]] = earlier["cells"] if settings.items() <= earlier.items() else []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+    return cells
 
 
 def _mean_over_cases(result: dict[str, Any], key: str) -> dict[tuple[str, str], list[tuple[int, float, float]]]:
@@ -208,7 +228,7 @@ def plot(result: dict[str, Any]) -> Figure:
         for i, ((name, kind), points) in enumerate(_mean_over_cases(result, key).items()):
             style = "-" if kind == "exact" else "--"
             axis.plot([p[0] for p in points], [p[1] for p in points], style, marker="os^Dv"[i % 5], ms=4,
-                      label=f"{name}, {kind} value")  # fmt: skip
+                      label=name if kind == "none" else f"{name}, {kind} value")  # fmt: skip
         axis.set(xscale="log", yscale="log", xlabel="particles per prompt", title=f"mean absolute error of {title}")
         axis.grid(alpha=0.25, which="both")
         axis.legend(fontsize=7)

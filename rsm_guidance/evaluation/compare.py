@@ -21,6 +21,7 @@ import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, ScalarFormatter
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -289,7 +290,8 @@ def curves(report: dict[str, Any]) -> Figure:
         for column, (axis, unit) in enumerate((("evaluations", "denoiser evaluations"), ("seconds", "seconds"))):
             ax = axes[row][column]
             for i, label in enumerate(labels):
-                runs = sorted((r for r in report["runs"].values() if r["label"] == label), key=lambda r: r[axis])
+                runs = [r for r in report["runs"].values() if r["label"] == label]
+                runs.sort(key=lambda r: r["evaluations"])
                 y = np.array([r["reward"] if quantity == "reward" else r["monitors"][quantity] for r in runs])
                 style = {"marker": marks[i % len(marks)], "color": colours[i % 10], "ms": 5, "lw": 1.2}
                 style |= {"ls": ("-", "--", ":")[i // 10 % 3]}
@@ -299,9 +301,19 @@ def curves(report: dict[str, Any]) -> Figure:
                     label=label, elinewidth=0.7, **style,
                 )  # fmt: skip
             ax.set(xscale="log", xlabel=f"{unit} per image", ylabel=names[quantity][:48])
+            ax.xaxis.set_major_formatter(ScalarFormatter())
+            ax.xaxis.set_minor_formatter(NullFormatter())
+            ax.set_xticks(_ticks([r[axis] for r in report["runs"].values()]))
             ax.grid(alpha=0.25)
     axes[0][1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
     return figure
+
+
+def _ticks(values: list[float]) -> list[float]:
+    """1, 2 and 5 times powers of ten around positive values."""
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    marks = [m * 10.0**e for e in range(low, high + 1) for m in (1, 2, 5)]
+    return [m for m in marks if 0.7 * min(values) <= m <= 1.4 * max(values)]
 
 
 def _picture(config: Comparison, plan: list[_Run]) -> Image.Image:

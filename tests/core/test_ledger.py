@@ -93,6 +93,7 @@ def test_totals_are_json() -> None:
     ledger.denoiser_evaluations += 20
     ledger.charge_value(4, 0.25)
     ledger.reward_calls += 2
+    ledger.charge_backward(3, 0.5)
     totals = json.loads(json.dumps(ledger.to_dict()))
     assert totals.pop("seconds") >= 0
     assert totals == {
@@ -102,10 +103,11 @@ def test_totals_are_json() -> None:
         "value_cost": 1.0,
         "reward_calls": 2,
         "decodes": 0,
-        "backward_passes": 0,
+        "backward_passes": 3,
+        "backward_cost": 3.0,
         "peak_memory_bytes": 0,
         "stopped": None,
-        "evaluations": 21,
+        "evaluations": 24,
     }
 
 

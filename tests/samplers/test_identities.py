@@ -139,9 +139,9 @@ def test_every_sampler_gives_a_prompt_its_image_in_any_batch_and_order(
     def run(prompts: list[str]) -> np.ndarray:
         return as_bytes(images(guided, prompts, seed=5, sampler=name, reward=drm))
 
-    whole = run(SEVEN)
+    whole = run(SEVEN[:5])
     assert np.abs(run(SEVEN[2:3]) - whole[2:3]).max() <= 1
-    assert np.abs(run(SEVEN[::-1])[::-1] - whole).max() <= 1
+    assert np.abs(run(SEVEN[4::-1])[::-1] - whole).max() <= 1
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -164,10 +164,10 @@ def test_every_sampler_raises_a_reward_and_does_not_mind_its_offset(guided: Diff
         return blueness(batch, prompts) + 64
 
     sampler = rg.make_sampler(name, **({"temperature": 1e-3} if name == "tree-sampling" else {}))
-    base = guided(prompt=SEVEN, seed=0, sampler=rg.Unguided(sampler.transition), reward=blueness, **CALL)  # type: ignore[attr-defined]
-    out = guided(prompt=SEVEN, seed=0, sampler=sampler, reward=blueness, **CALL)
+    base = guided(prompt=SEVEN[:4], seed=0, sampler=rg.Unguided(sampler.transition), reward=blueness, **CALL)  # type: ignore[attr-defined]
+    out = guided(prompt=SEVEN[:4], seed=0, sampler=sampler, reward=blueness, **CALL)
     assert np.mean(out.rewards) > np.mean(base.rewards) and np.isfinite(out.images).all()
-    again = guided(prompt=SEVEN, seed=0, sampler=sampler, reward=shifted, **CALL)
+    again = guided(prompt=SEVEN[:4], seed=0, sampler=sampler, reward=shifted, **CALL)
     close = np.abs(np.array(again.rewards) - 64 - out.rewards) < 1e-3  # 64 costs digits, which may turn a near tie
     assert close.mean() > 0.6
 

@@ -5,6 +5,7 @@ sigma decreases with i.  Flow models have alpha = 1 - sigma, variance-preserving
 variance-exploding ones alpha = 1.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,6 +64,13 @@ class NoiseSchedule:
         """x_i = alpha_i x0 + sigma_i eps; shapes equal."""
         alpha, sigma = self.coefficients(level)
         return alpha * x0 + sigma * eps
+
+    def noise_back(self, x: Tensor, noise: Tensor, level: int, target: int) -> Tensor:
+        """x [R, ...] of `level` taken back to the noisier level `target` by the forward process; noise is standard normal."""
+        alpha, sigma = self.coefficients(level)
+        alpha_back, sigma_back = self.coefficients(target)
+        kept = alpha_back / alpha
+        return kept * x + math.sqrt(max(sigma_back**2 - (kept * sigma) ** 2, 0.0)) * noise.to(x)
 
     @staticmethod
     def flow(steps: int, shift: float = 1.0) -> "NoiseSchedule":

@@ -1,4 +1,4 @@
-"""Trees over the levels of a denoising run: selection, progressive widening, soft-Bellman backup; and files of them.
+"""Trees over the levels of a denoising run: simulations, soft-Bellman backup, restarts.
 
 Node 0 is the root, at level -1; its children are starting noises (level 0), a node at level i is a state x_i, a leaf at
 level N is clean.  Every child is an independent draw from the model's own transition, whatever made the search want it.
@@ -15,125 +15,22 @@ values are unknown, and they may be widened like any other.
 """
 
 import heapq
-import json
 import math
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Sequence
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from rsm_guidance.core.selection import Draw, Selection, Widening
+
+_UNBOUNDED = Widening()
 
 
 def log_mean_exp(values: Sequence[float]) -> float:
-    """log of the mean of exp(values), at least one of them; -inf where all are -inf."""
+    """log of the mean of exp(values), at least one float; -inf where all are -inf (`weights` has that of tensors)."""
     if len(values) == 1:
         return values[0]
     top = max(values)
     if top == -math.inf:
         return top
     return top + math.log(math.fsum(math.exp(v - top) for v in values) / len(values))
-
-
-@dataclass(frozen=True)
-class Widening:
-    """Progressive widening: a node visited n times may have ceil(constant n^exponent) children, and at most `branching`."""
-
-    constant: float = 1.0
-    exponent: float = 0.5
-    branching: int | None = None
-
-    def limit(self, visits: int) -> int:
-        """Children allowed at a number of visits >= 1, this one included."""
-        limit = math.ceil(self.constant * math.pow(visits, self.exponent) - 1e-9)
-        return limit if self.branching is None else min(limit, self.branching)
-
-
-class Selection(Protocol):
-    """How a visit descends."""
-
-    def choose(
-        self, values: Sequence[float], completed: Sequence[int], visits: Sequence[int], parent: float, draw: "Draw"
-    ) -> int:
-        """Index of a child, given the children's values, completed and planned visits, and the parent's value.
-
-        A child without completed visits has its parent's value.
-        """
-        ...
-
-
-Draw = Callable[[], float]
-_UNBOUNDED = Widening()
-
-
-def hopeful(values: Sequence[float], completed: Sequence[int], parent: float, caution: float) -> list[float]:
-    """log(Z_c + caution Z_parent / sqrt(n_c)): what a child may be worth, given that few rollouts tell little.
-
-    The second term is a standard error: rollouts of one node scatter about as widely as its parent's value.  It is the
-    guard against the finite-budget bias of Boltzmann selection (ours).
-    """
-    if caution == 0:
-        return list(values)
-    result = []
-    for value, count in zip(values, completed, strict=True):
-        low, high = sorted((value, math.log(caution) + parent - 0.5 * math.log(max(count, 1))))
-        result.append(high + math.log1p(math.exp(low - high)) if low > -math.inf else high)
-    return result
-
-
-@dataclass(frozen=True)
-class Boltzmann:
-    """A child drawn with probability proportional to its (hopeful) value; caution 0 is DTS as published."""
-
-    caution: float = 0.0
-
-    def choose(
-        self, values: Sequence[float], completed: Sequence[int], visits: Sequence[int], parent: float, draw: Draw
-    ) -> int:
-        scores = hopeful(values, completed, parent, self.caution)
-        top = max(scores)
-        if top == -math.inf:
-            return int(draw() * len(scores))
-        weights = [math.exp(s - top) for s in scores]
-        left = draw() * math.fsum(weights)
-        for index, weight in enumerate(weights):
-            left -= weight
-            if left < 0:
-                return index
-        return max(range(len(scores)), key=lambda i: weights[i])
-
-
-@dataclass(frozen=True)
-class Proportional:
-    """The child whose visits lag most behind its (hopeful) value: Boltzmann selection without its dice (ours)."""
-
-    caution: float = 0.3
-
-    def choose(
-        self, values: Sequence[float], completed: Sequence[int], visits: Sequence[int], parent: float, draw: Draw
-    ) -> int:
-        scores = hopeful(values, completed, parent, self.caution)
-        lags = [s - math.log(v + 1) for s, v in zip(scores, visits, strict=True)]
-        return max(range(len(lags)), key=lags.__getitem__)
-
-
-@dataclass(frozen=True)
-class UpperConfidence:
-    """DTS*: argmax of value + exploration * scale() * sqrt(log N_parent / N_child); `scale` is the unit of values."""
-
-    exploration: float = 1.0
-    scale: Callable[[], float] = lambda: 1.0
-
-    def choose(
-        self, values: Sequence[float], completed: Sequence[int], visits: Sequence[int], parent: float, draw: Draw
-    ) -> int:
-        total, unit = math.log(max(sum(visits), 1)), self.exploration * self.scale()
-        scores = [v + unit * math.sqrt(total / n) for v, n in zip(values, visits, strict=True)]
-        return max(range(len(scores)), key=scores.__getitem__)
 
 
 class Tree:
@@ -464,135 +361,3 @@ class Tree:
         tree.recompute(weights)
         tree.refresh(widening)
         return tree
-
-
-@dataclass
-class Forest:
-    """One tree per prompt, and the latents that its nodes need.
-
-    Attributes:
-        trees: [B].
-        means: per prompt, the mean of the transition of every node that may get more children, on the CPU.
-        clean: per prompt, finished latents by leaf, on the CPU.
-        rewards: per prompt, of the leaves in the order of the simulations.
-        probe: means [B, ...] of the unguided run's first transition, by which a file knows its model.
-    """
-
-    trees: list[Tree]
-    means: list[dict[int, Tensor]]
-    clean: list[dict[int, Tensor]]
-    rewards: list[list[float]]
-    probe: Tensor | None = None
-
-    @staticmethod
-    def planted(count: int, random: Sequence[bool]) -> "Forest":
-        """`count` trees that have only roots."""
-        rows = range(count)
-        return Forest([Tree(random) for _ in rows], [{} for _ in rows], [{} for _ in rows], [[] for _ in rows])
-
-    def save(self, path: Path, identity: dict[str, Any]) -> None:
-        """Write a safetensors file, atomically; `identity` (JSON) goes into its header."""
-        assert self.probe is not None
-        tensors = {
-            "sizes": torch.tensor([len(t) for t in self.trees]),
-            "parent": torch.tensor([p for t in self.trees for p in t.parent]),
-            "prior": torch.tensor([p for t in self.trees for p in t.prior], dtype=torch.float64),
-            "value": torch.tensor([v for t in self.trees for v in t.value], dtype=torch.float64),
-            "visits": torch.tensor([v for t in self.trees for v in t.visits]),
-            "expandable": torch.tensor([e for t in self.trees for e in t.expandable]),
-            "reward": torch.tensor([r for rewards in self.rewards for r in rewards], dtype=torch.float64),
-            "importance": torch.tensor([w for t in self.trees for w in t.importance], dtype=torch.float64),
-            "branch": torch.tensor([b for t in self.trees for b in t.branch]),
-            "probe": self.probe.contiguous(),
-        }
-        for name, stores in (("means", self.means), ("clean", self.clean)):
-            items = [(row, node, latent) for row, store in enumerate(stores) for node, latent in store.items()]
-            tensors[f"{name}.at"] = torch.tensor([item[:2] for item in items]).reshape(-1, 2)
-            tensors[name] = torch.stack([item[2] for item in items]) if items else torch.zeros(0)
-        header = {"rsm-guidance tree": json.dumps({"version": 1, **identity})}
-        partial = path.with_name(path.name + ".partial")
-        try:
-            save_file(tensors, partial, metadata=header)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-    @staticmethod
-    def load(
-        path: Path, identity: dict[str, Any], random: Sequence[bool], widening: Widening, temperature: float
-    ) -> "Forest":
-        """What `save` wrote.
-
-        Raises:
-            ValueError: if the file is damaged or no tree file, or was written under another identity, naming the difference.
-        """
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = (file.metadata() or {}).get("rsm-guidance tree")
-                if header is None:
-                    raise ValueError("it has no header of a tree file")
-                found = json.loads(header)
-                wanted = json.loads(json.dumps({"version": 1, **identity}))
-                _compare(found, wanted, path)
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-            return _read(tensors, len(identity["prompts"]), random, widening, temperature)
-        except _OtherTree:
-            raise
-        except (SafetensorError, OSError, KeyError, ValueError, IndexError, RuntimeError, TypeError) as error:
-            raise ValueError(
-                f"{path} is damaged or no tree file: {error}. Delete it or choose another tree_file to start afresh"
-            ) from error
-
-
-class _OtherTree(ValueError):
-    """A tree file of another run."""
-
-
-def _compare(found: dict[str, Any], wanted: dict[str, Any], path: Path, inside: str = "") -> None:
-    for name in sorted(found.keys() | wanted.keys()):
-        old, new = found.get(name), wanted.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            _compare(old, new, path, f"{inside}{name}.")
-        elif old != new:
-            short = [text if len(text) < 80 else text[:77] + "..." for text in (json.dumps(old), json.dumps(new))]
-            raise _OtherTree(
-                f"the tree file {path} cannot be continued here: its {inside}{name} was {short[0]} and is now {short[1]}. "
-                "Use what it was grown with, or another tree_file"
-            )
-
-
-def _read(
-    tensors: dict[str, Tensor], count: int, random: Sequence[bool], widening: Widening, temperature: float
-) -> Forest:
-    sizes = tensors["sizes"].tolist()
-    if len(sizes) != count:
-        raise ValueError(f"it has {len(sizes)} trees for {count} prompts")
-    columns = [torch.split(tensors[name], sizes) for name in ("parent", "prior", "expandable")]
-    leaves = [_leaves(parents) for parents in columns[0]]
-    rewards, importance, branch = (
-        [p.tolist() for p in torch.split(tensors[n], leaves)] for n in ("reward", "importance", "branch")
-    )
-    trees = [
-        Tree.restore(random, p.tolist(), [r / temperature for r in reward], w, b, q.tolist(), e.tolist(), widening)
-        for p, q, e, reward, w, b in zip(*columns, rewards, importance, branch, strict=True)
-    ]
-    stores: list[list[dict[int, Tensor]]] = []
-    for name in ("means", "clean"):
-        store: list[dict[int, Tensor]] = [{} for _ in trees]
-        for (row, node), latent in zip(tensors[f"{name}.at"].tolist(), tensors[name].unbind(), strict=True):
-            if not 0 < node < len(trees[row]):
-                raise ValueError(f"latents of node {node}, which row {row} does not have")
-            store[row][node] = latent
-        stores.append(store)
-    for tree, means in zip(trees, stores[0], strict=True):
-        lost = [n for n in range(1, len(tree)) if tree.expandable[n] and not tree.closed[n] and n not in means]
-        if lost:
-            raise ValueError(f"the latents of node {lost[0]} are missing")
-    return Forest(trees, stores[0], stores[1], rewards, tensors["probe"])
-
-
-def _leaves(parents: Tensor) -> int:
-    """How many nodes are nobody's parent."""
-    if not len(parents) or int(parents[0]) != -1 or bool((parents[1:] < 0).any()):
-        raise ValueError("a tree begins with its root, and has only one")
-    return len(parents) - len(set(parents[1:].tolist()))

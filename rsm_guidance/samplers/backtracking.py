@@ -28,7 +28,6 @@ from rsm_guidance.samplers.base import (
     interruptible,
     new_trace,
 )
-from rsm_guidance.samplers.noise_search import noise_back
 
 
 @dataclass(frozen=True)
@@ -215,7 +214,7 @@ class _Search:
             target = max(0, level - self.back)
             shape = self.x.shape[1:]
             noise = [problem.streams.normal(r, shape, "back", level, self.used[r]) for r in back]
-            self.x[back] = noise_back(self.schedule, self.x[back], torch.stack(noise), level, target)
+            self.x[back] = self.schedule.noise_back(self.x[back], torch.stack(noise), level, target)
             for row in back:
                 self.level[row], self.attempt[row] = target, self.used[row]
 

@@ -284,6 +284,17 @@ def finished(problem: Problem, latents: Tensor, trace: dict[str, Any], rewards: 
     return SamplerOutput(latents, rewards, torch.zeros(problem.count, dtype=torch.float64), None, problem.ledger, trace)
 
 
+def finished_best(problem: Problem, x: Tensor, rewards: Tensor | None, trace: dict[str, Any]) -> SamplerOutput:
+    """Close a greedy run by the best of latents [R * B, ...], run-major, by rewards [R * B]; without, by the first of them."""
+    if rewards is None:
+        return finished(problem, x[: problem.count], trace)
+    table = rewards.view(-1, problem.count)
+    best = table.argmax(0)
+    trace["candidates"] = {"rewards": table.T.tolist(), "chosen": best.tolist()}
+    runs = x.view(len(table), problem.count, *x.shape[1:])
+    return finished(problem, runs[best, problem.rows], trace, table[best, problem.rows])
+
+
 class Interrupted(Exception):
     """A run was asked to end: Ctrl-C or the deadline; the sampler returns the best so far."""
 

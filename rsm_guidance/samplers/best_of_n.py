@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rsm_guidance.core.transitions import Transition
-from rsm_guidance.samplers.base import Interrupted, Problem, SamplerOutput, finished, interruptible, new_trace
+from rsm_guidance.samplers.base import Interrupted, Problem, SamplerOutput, finished_best, interruptible, new_trace
 from rsm_guidance.samplers.rollout import Rollout
 
 
@@ -54,16 +54,10 @@ class BestOfN:
                         raise
                     latents = [rollout.estimate[: problem.count]]
                 break
-            latents += list(torch.split(x0, problem.count))
+            latents.append(x0)
             if scores is not None:
-                rewards += list(torch.split(scores, problem.count))
-        if not rewards:
-            return finished(problem, latents[0], trace)
-        table = torch.stack(rewards)  # [N, B]
-        best = table.argmax(0)
-        trace["candidates"] = {"rewards": table.T.tolist(), "chosen": best.tolist()}
-        chosen = torch.stack(latents)[best, problem.rows]
-        return finished(problem, chosen, trace, table[best, problem.rows])
+                rewards.append(scores)
+        return finished_best(problem, torch.cat(latents), torch.cat(rewards) if rewards else None, trace)
 
     def _batches(self, problem: Problem) -> list[list[int]]:
         """Candidates in batches of at most `batch_rows` latents, as many as the budget reaches for.

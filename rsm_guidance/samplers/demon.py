@@ -19,6 +19,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from rsm_guidance.core.rows import rows_where, scaled
 from rsm_guidance.core.schedule import NoiseSchedule
 from rsm_guidance.core.transitions import Gaussian, Transition
 from rsm_guidance.samplers.base import (
@@ -125,12 +126,11 @@ class Demon:
     def _combine(self, problem: Problem, gaussian: Gaussian, level: int, weights: Tensor, first: Tensor) -> Tensor:
         """The step [B, ...] with the weighted noise; `first` in rows without weights."""
         total = torch.zeros_like(gaussian.mean)
-        shape = (-1, *[1] * (total.ndim - 1))
         unit = Gaussian(torch.zeros_like(total), 1.0)  # whose samples are the noises themselves, under the same names
         for k in range(self.candidates):
-            total = total + weights[:, k].to(total).view(shape) * problem.step(unit, level, [0], child=k)
+            total = total + scaled(problem.step(unit, level, [0], child=k), weights[:, k])
         length = total.flatten(1).double().norm(dim=1)
         size = math.sqrt(total[0].numel()) / length.clamp(min=1e-300)
         known = (length > 0) & (weights != 0).any(1).to(length.device)
-        combined = gaussian.sample((size.view(shape) * total.double()).to(total))
-        return torch.where(known.view(shape), combined, first)
+        combined = gaussian.sample(scaled(total.double(), size).to(total))
+        return rows_where(known, combined, first)

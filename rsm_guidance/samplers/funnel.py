@@ -19,6 +19,7 @@ from rsm_guidance.samplers.base import (
     SamplerOutput,
     check_deadline,
     finished,
+    finished_best,
     interruptible,
     new_trace,
 )
@@ -103,13 +104,7 @@ class Funnel:
             if estimate is None:
                 raise
             return finished(problem, estimate, trace)
-        if rewards is None:
-            return finished(problem, x, trace)
-        table = rewards.view(alive, b)
-        best = table.argmax(0)
-        trace["candidates"] = {"rewards": table.T.tolist(), "chosen": best.tolist()}
-        chosen = x.view(alive, b, *x.shape[1:])[best, problem.rows]
-        return finished(problem, chosen, trace, table[best, problem.rows])
+        return finished_best(problem, x, rewards, trace)
 
     def _affordable(self, problem: Problem) -> int:
         for count in range(self.candidates, 1, -1):

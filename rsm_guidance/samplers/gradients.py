@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rsm_guidance.core.ledger import BACKWARD
+from rsm_guidance.core.rows import rows_where
 from rsm_guidance.core.schedule import Prediction
 from rsm_guidance.rewards import judged, name_of
 from rsm_guidance.samplers.base import Problem
@@ -81,7 +82,7 @@ def value_and_gradient(
     elif not jacobian:
         alpha, _ = denoiser.schedule.coefficients(level)
         gradient = gradient / alpha if alpha > 0 else torch.zeros_like(gradient)
-    finite = gradient.flatten(1).isfinite().all(1).view(-1, *[1] * (x.ndim - 1))
+    finite = gradient.flatten(1).isfinite().all(1)
     velocity = None if prediction.velocity is None else prediction.velocity.detach()
     detached = Prediction(x, prediction.x0.detach(), prediction.eps.detach(), velocity)
-    return detached, checked, torch.where(finite, gradient, torch.nan)
+    return detached, checked, rows_where(finite, gradient, torch.full_like(gradient, torch.nan))

@@ -19,6 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from rsm_guidance.core.rows import per_row
 from rsm_guidance.core.schedule import Prediction
 from rsm_guidance.core.transitions import Transition, ode
 from rsm_guidance.samplers.base import (
@@ -132,7 +133,7 @@ class Lidar:
         eps = p.eps - self.strength * alpha / sigma * shift
         velocity = None if p.velocity is None else eps - x0
         if bool(still.any()):
-            at = still.view(-1, *[1] * (x0.ndim - 1))
+            at = per_row(still, x0)
             x0, eps = torch.where(at, p.x0, x0), torch.where(at, p.eps, eps)
             velocity = None if velocity is None or p.velocity is None else torch.where(at, p.velocity, velocity)
         return Prediction(p.x, x0, eps, velocity)

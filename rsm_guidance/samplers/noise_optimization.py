@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from rsm_guidance.core.ledger import BACKWARD
+from rsm_guidance.core.rows import rows_where, scaled
 from rsm_guidance.core.schedule import Prediction
 from rsm_guidance.core.transitions import Transition
 from rsm_guidance.rewards import judged, name_of
@@ -43,7 +44,6 @@ from rsm_guidance.samplers.base import (
     interruptible,
     new_trace,
 )
-from rsm_guidance.samplers.noise_search import rows_where
 
 _VECTOR, _PERMUTATIONS = 4, 8
 
@@ -252,15 +252,15 @@ class _Climb:
         unit = 1 / self.largest.clamp(min=1e-300)
         priors = self._prior_gradients(iteration) if self.config.prior else [torch.zeros_like(z) for z in self.velocity]
         weight = self.config.prior / math.sqrt(self.dimension)
-        total = [_scaled(g.double(), unit) - weight * p for g, p in zip(gradients, priors, strict=True)]
+        total = [scaled(g.double(), unit) - weight * p for g, p in zip(gradients, priors, strict=True)]
         factor = 1 / _norm(total).clamp(min=1.0)
         good &= factor.isfinite()
         # A row whose gradient is not finite goes back to where the last one was, and on in smaller steps.
         self.rate = torch.where(good, self.rate, self.rate / 2)
         for i, t in enumerate(total):
-            momentum = self.config.momentum * self.velocity[i].double() + _scaled(t, factor)
-            step = self.config.momentum * momentum + _scaled(t, factor)
-            moved = self.noises[i] + self.scales[i] * math.sqrt(self.dimension) * _scaled(step, self.rate)
+            momentum = self.config.momentum * self.velocity[i].double() + scaled(t, factor)
+            step = self.config.momentum * momentum + scaled(t, factor)
+            moved = self.noises[i] + self.scales[i] * math.sqrt(self.dimension) * scaled(step, self.rate)
             noise = self.noises[i]
             self.noises[i] = rows_where(good, moved.to(noise), self.settled[i])
             self.settled[i] = rows_where(good, noise, self.settled[i])
@@ -300,20 +300,20 @@ class _Climb:
         drawn = [problem.streams.normal(r, x0.shape[1:], *name) for name in names for r in range(problem.count)]
         u = torch.stack(drawn).to(x0).view(len(pairs), *x0.shape)
         size = self.config.smoothing * x0.flatten(1).double().square().mean(1).sqrt().clamp(min=1e-6)
-        shift = _scaled(u.transpose(0, 1), size).transpose(0, 1).to(x0)
+        shift = scaled(u.transpose(0, 1), size).transpose(0, 1).to(x0)
         points = torch.cat([(x0 + shift).flatten(0, 1), (x0 - shift).flatten(0, 1)])
         rewards = problem.final_rewards(points, problem.rows.repeat(2 * len(pairs)))
         assert rewards is not None
         up, down = rewards.view(2, len(pairs), len(x0))
         slope = ((up - down).to(size) / (2 * size)).to(x0)
-        return _scaled(u.flatten(0, 1), slope.flatten()).view_as(u).mean(0)
+        return scaled(u.flatten(0, 1), slope.flatten()).view_as(u).mean(0)
 
     def _prior_gradients(self, iteration: int) -> list[Tensor]:
         """Gradients of K with respect to the noises, float64."""
         units = [z.double() / s for z, s in zip(self.noises[: self.free], self.scales, strict=True)]
         flat = torch.cat([z.flatten(1) for z in units], 1)
         if self.config.what == "initial":
-            return [_scaled(units[0], 1 - (self.dimension - 1) / flat.square().sum(1).clamp(min=1e-12))]
+            return [scaled(units[0], 1 - (self.dimension - 1) / flat.square().sum(1).clamp(min=1e-12))]
         streams = [self.problem.streams.generator(r, "permute", iteration) for r in range(self.problem.count)]
         orders = [[torch.randperm(self.dimension, generator=g) for g in streams] for _ in range(_PERMUTATIONS)]
         with torch.enable_grad():
@@ -336,11 +336,6 @@ def improbability(numbers: Tensor, k: int = _VECTOR) -> Tensor:
     excess = ((1 + deviation).sqrt() - 1 - math.sqrt(k / m)).clamp(min=0)
     log_p2 = math.log(2) - m * excess.square() / 2
     return -log_p1.clamp(max=0) - log_p2.clamp(max=0)
-
-
-def _scaled(x: Tensor, factor: Tensor) -> Tensor:
-    """x [B, ...] times a factor [B] per row."""
-    return x * factor.to(x).view(-1, *[1] * (x.ndim - 1))
 
 
 def _norm(parts: list[Tensor]) -> Tensor:

@@ -20,6 +20,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from rsm_guidance.core.rows import rows_where
 from rsm_guidance.core.schedule import NoiseSchedule
 from rsm_guidance.core.transitions import Transition
 from rsm_guidance.samplers.base import (
@@ -28,24 +29,12 @@ from rsm_guidance.samplers.base import (
     SamplerOutput,
     check_deadline,
     finished,
+    finished_best,
     interruptible,
     new_trace,
 )
 from rsm_guidance.samplers.best_of_n import BestOfN
 from rsm_guidance.samplers.rollout import Rollout
-
-
-def noise_back(schedule: NoiseSchedule, x: Tensor, noise: Tensor, level: int, target: int) -> Tensor:
-    """x [R, ...] of `level` at the noisier level `target`, by the forward process; `noise` is standard normal."""
-    alpha, sigma = schedule.coefficients(level)
-    alpha_back, sigma_back = schedule.coefficients(target)
-    kept = alpha_back / alpha
-    return kept * x + math.sqrt(max(sigma_back**2 - (kept * sigma) ** 2, 0.0)) * noise.to(x)
-
-
-def rows_where(condition: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """Rows [R, ...] of `new` where `condition` [R], else of `old`."""
-    return torch.where(condition.to(new.device).view(-1, *[1] * (new.ndim - 1)), new, old)
 
 
 def neighbours(problem: Problem, x: Tensor, share: float, *name: int | str) -> Tensor:
@@ -208,7 +197,7 @@ class NoiseSearch:
                             problem.streams.normal(r, x.shape[1:], *a) for a in names for r in problem.rows.tolist()
                         ]
                         copies = x.repeat(m - 1, *[1] * (x.ndim - 1))
-                        again = noise_back(schedule, copies, torch.stack(noise), level, begin)
+                        again = schedule.noise_back(copies, torch.stack(noise), level, begin)
                         slots = [p + b * self.candidates for b in range(m) for p in range(n)]
                         own = [s + self.candidates * m * (round_ + 1) for s in slots[n:]]  # names of their noise
                         x = torch.cat([x, run.advance(again, begin, level, own)])
@@ -226,12 +215,7 @@ class NoiseSearch:
             if run.estimate is None:
                 raise
             return finished(problem, run.estimate[: problem.count], trace)
-        if rewards is None:
-            return finished(problem, x, trace)
-        table = rewards.view(-1, problem.count)
-        best = table.argmax(0)
-        trace["candidates"] = {"rewards": table.T.tolist(), "chosen": best.tolist()}
-        return finished(problem, run.grouped(x)[best, problem.rows], trace, table[best, problem.rows])
+        return finished_best(problem, x, rewards, trace)
 
     def _affordable(self, problem: Problem, stops: list[int]) -> tuple[int, int]:
         """The paths N and branches M that the budget reaches for: fewer paths first, then fewer branches."""
@@ -262,9 +246,6 @@ class _Paths:
 
     def rows(self, x: Tensor) -> Tensor:
         return self.problem.rows.repeat(len(x) // self.problem.count)
-
-    def grouped(self, x: Tensor) -> Tensor:
-        return x.view(-1, self.problem.count, *x.shape[1:])
 
     def advance(self, x: Tensor, level: int, target: int, slots: list[int]) -> Tensor:
         for at in range(level, target):

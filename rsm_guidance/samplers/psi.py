@@ -27,19 +27,17 @@ import torch
 from torch import Tensor
 
 from rsm_guidance.core.resampling import SCHEMES, Scheme
+from rsm_guidance.core.rows import rows_where
 from rsm_guidance.core.transitions import Transition
 from rsm_guidance.samplers.base import (
-    Interrupted,
     Problem,
     SamplerOutput,
     check_deadline,
-    finished,
-    interruptible,
     new_trace,
 )
 from rsm_guidance.samplers.gradients import gradient_cost, value_and_gradient
-from rsm_guidance.samplers.noise_search import neighbours, rows_where
-from rsm_guidance.samplers.particles import Particles, conclude
+from rsm_guidance.samplers.noise_search import neighbours
+from rsm_guidance.samplers.particles import Particles
 from rsm_guidance.samplers.rollout import Unguided
 from rsm_guidance.samplers.smc import TwistedSMC
 
@@ -204,46 +202,13 @@ class PsiSampler:
         if problem.value is None:
             raise ValueError("the sampler 'psi' scores noisy latents: pass a diffusion reward model, or a reward")
         problem.require_budget()
-        schedule, trace = problem.denoiser.schedule, new_trace(self, problem)
+        trace = new_trace(self, problem)
         k = next((k for k in range(self.particles, 0, -1) if problem.affords(*self._cost(problem, k))), 0)
         if k == 0:
             output = Unguided(self.transition).sample(problem)
             output.trace["sampler"] = trace["sampler"]
             return output
-        smc, estimate, group = self._smc(), None, None
-        try:
-            with interruptible(problem):
-                group = self._start(problem, k, trace)
-                for level in range(schedule.steps):
-                    check_deadline(problem)
-                    if self.gradient:
-                        prediction, values, slope = value_and_gradient(
-                            problem, group.latents, level, group.rows, self.jacobian
-                        )
-                        slope = slope.nan_to_num(0.0, 0.0, 0.0)
-                    else:
-                        values, known = problem.scored(group.latents, level, group.rows)
-                        prediction = known or problem.denoiser.predict(group.latents, level, group.rows)
-                        slope = torch.zeros_like(group.latents)
-                    estimate, scores = prediction.x0, group.table(values)
-                    smc._twist(group, scores / self.temperature)
-                    moved = group.resample(level, self.resampling, self.threshold, trace)
-                    trace["levels"][-1]["scores"] = scores.tolist()
-                    if moved is not None:
-                        prediction, slope = prediction.pick(moved), slope[moved]
-                    gaussian = self.transition(prediction, schedule, level, level + 1)
-                    smc._propose(problem, group, gaussian, slope / self.temperature, level)
-                    problem.report(level, estimate, scores)
-                rewards = problem.final_rewards(group.latents, group.rows)
-        except Interrupted:
-            if estimate is None or group is None:
-                raise
-            group.latents = estimate
-            return finished(problem, group.pick(group.log_weights.argmax(1)[:, None]), trace)
-        assert rewards is not None
-        table = group.table(rewards)
-        smc._twist(group, table / self.temperature)
-        output = conclude(group, table, self.returned, trace)
+        output = self._smc().steer(problem, lambda: self._start(problem, k, trace), trace, self.gradient)
         if self.initial is not None:
             output.log_normalizer = None
         return output

@@ -25,6 +25,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from rsm_guidance.core.rows import rows_where, scaled
 from rsm_guidance.core.schedule import NoiseSchedule, Prediction
 from rsm_guidance.core.transitions import Transition
 from rsm_guidance.samplers.base import (
@@ -33,6 +34,7 @@ from rsm_guidance.samplers.base import (
     SamplerOutput,
     check_deadline,
     finished,
+    finished_best,
     interruptible,
     new_trace,
 )
@@ -127,7 +129,7 @@ class RewardGradient:
                             prediction, scores, gradient = value_and_gradient(problem, x, level, rows, self.jacobian)
                             lost = gradient.flatten(1).isnan().any(1)
                             strength = torch.where(lost, strength / 2, strength)
-                            gradient = torch.where(_wide(lost, x), 0.0, gradient)
+                            gradient = rows_where(lost, torch.zeros_like(x), gradient)
                         else:
                             prediction, gradient = problem.denoiser.predict(x, level, rows), torch.zeros_like(x)
                         estimate = prediction.x0
@@ -144,13 +146,7 @@ class RewardGradient:
             if estimate is None:
                 raise
             return finished(problem, estimate[: problem.count], trace)
-        if rewards is None:
-            return finished(problem, x, trace)
-        table = rewards.view(len(slots), problem.count)
-        best = table.argmax(0)
-        trace["candidates"] = {"rewards": table.T.tolist(), "chosen": best.tolist()}
-        chosen = x.view(len(slots), problem.count, *x.shape[1:])[best, problem.rows]
-        return finished(problem, chosen, trace, table[best, problem.rows])
+        return finished_best(problem, x, rewards, trace)
 
     def _guides(self, schedule: NoiseSchedule, level: int) -> bool:
         low, high = self.window
@@ -162,10 +158,10 @@ class RewardGradient:
         if self.trajectories == 1 or problem.value is None:
             return self.trajectories
         schedule, each = problem.denoiser.schedule, problem.denoiser.evaluations_per_row
-        guided = sum(self._guides(schedule, level) for level in range(schedule.steps)) * self.recurrence
-        repeated = sum(self._guides(schedule, level) for level in range(schedule.steps)) * (self.recurrence - 1) * each
+        levels = sum(self._guides(schedule, level) for level in range(schedule.steps))
         own = gradient_cost(problem, self.jacobian) - problem.value.evaluations_per_row
-        return problem.affordable(self.trajectories, guided, guided * own + repeated)
+        guided, repeated = levels * self.recurrence, levels * (self.recurrence - 1)
+        return problem.affordable(self.trajectories, guided, guided * own + repeated * each)
 
     def _affordable(self, problem: Problem, level: int, runs: int) -> bool:
         denoiser, value = problem.denoiser, problem.value
@@ -201,17 +197,16 @@ class RewardGradient:
             length = strength / gradient[0].numel() ** 0.5
         else:
             length = strength
-        direction = gradient * _wide(length / size, gradient).to(gradient)
+        direction = scaled(gradient, length / size)
         if self.push == "velocity":
             tilted = self._tilted(prediction, direction, schedule, level)
             guided = problem.step(self.transition(tilted, schedule, level, level + 1), level, slots, child=repeat)
         elif self.push == "noise" and gaussian.std > 0:
             noise = (plain - gaussian.mean) / gaussian.std
-            kept = _wide((1 - strength**2).sqrt(), noise).to(noise)
-            guided = gaussian.mean + gaussian.std * (kept * noise + direction)
+            guided = gaussian.mean + gaussian.std * (scaled(noise, (1 - strength**2).sqrt()) + direction)
         else:
             guided = plain + (1.0 if self.push == "drift" else unit) * direction
-        return torch.where(_wide(moved, plain), guided, plain)
+        return rows_where(moved, guided, plain)
 
     def _tilted(self, p: Prediction, direction: Tensor, schedule: NoiseSchedule, level: int) -> Prediction:
         """The prediction under the tilted law: eps - d, and what follows from it for x0 and the velocity."""
@@ -221,16 +216,6 @@ class RewardGradient:
 
     def _back(self, problem: Problem, x: Tensor, level: int, repeat: int, slots: list[int]) -> Tensor:
         """Noise a state of level + 1 back to `level`, by the forward process."""
-        schedule = problem.denoiser.schedule
-        alpha, sigma = schedule.coefficients(level)
-        alpha_next, sigma_next = schedule.coefficients(level + 1)
-        kept = alpha / alpha_next
-        std = math.sqrt(max(sigma**2 - (kept * sigma_next) ** 2, 0.0))
         names = [("back", level, repeat) if slot == 0 else ("back", level, repeat, slot) for slot in slots]
         noise = [problem.streams.normal(r, x.shape[1:], *n) for n in names for r in range(problem.count)]
-        return kept * x + std * torch.stack(noise).to(x)
-
-
-def _wide(rows: Tensor, like: Tensor) -> Tensor:
-    """[R] as [R, 1, ...], to multiply latents [R, ...]."""
-    return rows.view(-1, *[1] * (like.ndim - 1))
+        return problem.denoiser.schedule.noise_back(x, torch.stack(noise), level + 1, level)

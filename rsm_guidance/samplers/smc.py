@@ -9,13 +9,16 @@ and in the end by exp(r(x0) / lambda - phi).  The product targets p(x0) exp(r(x0
 twist; a good one keeps the weights even.  gamma_t = progress ^ `power` tempers early values.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from rsm_guidance.core.resampling import SCHEMES, Scheme
+from rsm_guidance.core.rows import scaled
+from rsm_guidance.core.schedule import Prediction
 from rsm_guidance.core.transitions import Gaussian, Transition
 from rsm_guidance.samplers.base import (
     Interrupted,
@@ -87,36 +90,45 @@ class TwistedSMC:
             )
         problem.require_budget()
         problem.denoiser.checkpointing = self.checkpoint
-        schedule, trace = problem.denoiser.schedule, new_trace(self, problem)
-        value = problem.value
-        own = gradient_cost(problem, self.jacobian) - value.evaluations_per_row  # besides the value call itself
-        k = problem.affordable(self.particles, schedule.steps, schedule.steps * own)
-        starts = [problem.initial(c) for c in range(k)]
-        group = Particles(problem, k, starts[0] if k == 1 else torch.cat(starts))
-        group.carried = {"twist": torch.zeros(problem.count, k, dtype=torch.float64)}
-        estimate: Tensor | None = None
+        steps, trace = problem.denoiser.schedule.steps, new_trace(self, problem)
+        own = gradient_cost(problem, self.jacobian) - problem.value.evaluations_per_row  # besides the value call itself
+        k = problem.affordable(self.particles, steps, steps * own)
+
+        def start() -> Particles:
+            starts = [problem.initial(c) for c in range(k)]
+            group = Particles(problem, k, starts[0] if k == 1 else torch.cat(starts))
+            group.carried = {"twist": torch.zeros(problem.count, k, dtype=torch.float64)}
+            return group
+
+        return self.steer(problem, start, trace)
+
+    def steer(
+        self, problem: Problem, start: Callable[[], Particles], trace: dict[str, Any], gradient: bool = True
+    ) -> SamplerOutput:
+        """Carry particles from pure noise to the end; without `gradient` they propose as the base model does.
+
+        The group that `start` makes carries the twist [B, K] that its weights contain.
+        """
+        schedule, estimate, group = problem.denoiser.schedule, None, None
         try:
             with interruptible(problem):
+                group = start()
                 for level in range(schedule.steps):
                     check_deadline(problem)
-                    prediction, values, gradient = value_and_gradient(
-                        problem, group.latents, level, group.rows, self.jacobian
-                    )
-                    gradient = gradient.nan_to_num(0.0)  # such a row proposes as the base model does
-                    estimate = prediction.x0
+                    prediction, values, slope = self._judged(problem, group, level, gradient)
+                    estimate, scores = prediction.x0, group.table(values)
                     scale = (level / schedule.steps) ** self.power / self.temperature
-                    scores = group.table(values)
                     self._twist(group, scale * scores)
                     moved = group.resample(level, self.resampling, self.threshold, trace)
                     trace["levels"][-1]["scores"] = scores.tolist()
                     if moved is not None:
-                        prediction, gradient = prediction.pick(moved), gradient[moved]
+                        prediction, slope = prediction.pick(moved), slope[moved]
                     gaussian = self.transition(prediction, schedule, level, level + 1)
-                    self._propose(problem, group, gaussian, scale * gradient, level)
+                    self._propose(problem, group, gaussian, scale * slope, level)
                     problem.report(level, estimate, scores)
                 rewards = problem.final_rewards(group.latents, group.rows)
         except Interrupted:
-            if estimate is None:
+            if estimate is None or group is None:
                 raise
             group.latents = estimate
             return finished(problem, group.pick(group.log_weights.argmax(1)[:, None]), trace)
@@ -124,6 +136,17 @@ class TwistedSMC:
         table = group.table(rewards)
         self._twist(group, table / self.temperature)
         return conclude(group, table, self.returned, trace)
+
+    def _judged(
+        self, problem: Problem, group: Particles, level: int, gradient: bool
+    ) -> tuple[Prediction, Tensor, Tensor]:
+        """Prediction, values [K * B] and their gradients at the particles; zero where there is none."""
+        x = group.latents
+        if gradient:
+            prediction, values, slope = value_and_gradient(problem, x, level, group.rows, self.jacobian)
+            return prediction, values, slope.nan_to_num(0.0)  # such a row proposes as the base model does
+        values, known = problem.scored(x, level, group.rows)
+        return known or problem.denoiser.predict(x, level, group.rows), values, torch.zeros_like(x)
 
     def _twist(self, group: Particles, phi: Tensor) -> None:
         """Exchange the twist [B, K] of the level before for this one's."""
@@ -138,9 +161,8 @@ class TwistedSMC:
             return
         shift = base.std**2 * gradient
         size = shift.flatten(1).double().square().mean(1).sqrt() / base.std
-        factor = (self.largest_shift / size.clamp(min=1e-30)).clamp(max=1.0).to(shift)
-        shift = shift * factor.view(-1, *[1] * (shift.ndim - 1))
-        proposal = Gaussian(base.mean + shift, base.std)
+        factor = (self.largest_shift / size.clamp(min=1e-30)).clamp(max=1.0)
+        proposal = Gaussian(base.mean + scaled(shift, factor), base.std)
         group.latents = problem.step(proposal, level, slots)
         ratio = base.log_prob(group.latents.double()) - proposal.log_prob(group.latents.double())
         group.reweight(group.table(ratio.double()))

@@ -24,6 +24,7 @@ from rsm_guidance.samplers.base import (
     SamplerOutput,
     check_deadline,
     finished,
+    finished_best,
     interruptible,
     new_trace,
 )
@@ -105,12 +106,7 @@ class StepwiseSampling:
                 rewards = problem.final_rewards(x, rows)
         except Interrupted:
             return finished(problem, x[: problem.count], trace)
-        assert rewards is not None
-        table = rewards.view(len(runs), problem.count)
-        best = table.argmax(0)
-        trace["candidates"] = {"rewards": table.T.tolist(), "chosen": best.tolist()}
-        chosen = x.view(len(runs), problem.count, *x.shape[1:])[best, problem.rows]
-        return finished(problem, chosen, trace, table[best, problem.rows])
+        return finished_best(problem, x, rewards, trace)
 
     def _affordable_trajectories(self, problem: Problem) -> int:
         """As many whole unguided trajectories as the budget reaches for, at most those asked for."""

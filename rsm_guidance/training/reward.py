@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from rsm_guidance.core.rows import per_row
 from rsm_guidance.shapes.scenes import Caption, caption_set, random_caption
 from rsm_guidance.training.checkpoint import Ema, load_state, save_state, warmup_cosine
 from rsm_guidance.training.objects import ObjectHead
@@ -93,7 +94,7 @@ def pair_loss(scores: Tensor, targets: Tensor) -> Tensor:
 
 def renoise(x0: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
     """(1 - sigma) x0 + sigma eps for groups x0 [G, K, ...] at one level per group, sigma [G]; fresh noise for each."""
-    s = sigma.view(-1, *[1] * (x0.ndim - 1))
+    s = per_row(sigma, x0)
     return (1 - s) * x0 + s * torch.randn(x0.shape, generator=generator)
 
 

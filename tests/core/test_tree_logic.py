@@ -6,16 +6,8 @@ import random
 
 import pytest
 
-from rsm_guidance.core.tree import (
-    Boltzmann,
-    Proportional,
-    Selection,
-    Tree,
-    UpperConfidence,
-    Widening,
-    hopeful,
-    log_mean_exp,
-)
+from rsm_guidance.core.selection import Boltzmann, Proportional, Selection, UpperConfidence, Widening, hopeful
+from rsm_guidance.core.tree import Tree, log_mean_exp
 
 STEPS, OUTCOMES = 3, 2  # levels 0..3, each a fair coin: 16 leaves, each of probability 1/16
 REWARD = {p: math.sin(1 + sum(b * 3**i for i, b in enumerate(p))) * 2 for p in itertools.product((0, 1), repeat=4)}

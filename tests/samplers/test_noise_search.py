@@ -15,7 +15,7 @@ from rsm_guidance.core.schedule import NoiseSchedule
 from rsm_guidance.core.transitions import Transition
 from rsm_guidance.engine import PipelineDenoiser
 from rsm_guidance.samplers import BestOfN, Unguided
-from rsm_guidance.samplers.noise_search import NoiseSearch, noise_back
+from rsm_guidance.samplers.noise_search import NoiseSearch
 from tests.samplers.test_particles import ANCESTRAL, SHORT, ConstantValue, problem
 
 ODE = Transition("ode")
@@ -124,7 +124,7 @@ def test_noising_back_keeps_the_marginal() -> None:
     for schedule in (NoiseSchedule.flow(10), NoiseSchedule.variance_preserving(10)):
         generator = torch.Generator().manual_seed(0)
         x0, eps, noise = torch.randn(3, 100_000, generator=generator, dtype=torch.float64)
-        x = noise_back(schedule, schedule.add_noise(2 * x0, eps, 7), noise, 7, 3)
+        x = schedule.noise_back(schedule.add_noise(2 * x0, eps, 7), noise, 7, 3)
         alpha, sigma = schedule.coefficients(3)
         assert float(x.var()) == pytest.approx(4 * alpha**2 + sigma**2, rel=0.02)
 

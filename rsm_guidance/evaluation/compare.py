@@ -26,11 +26,13 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from rsm_guidance.core.ledger import Budget
+from rsm_guidance.engine.families import denoisers_of
 from rsm_guidance.evaluation.files import write_atomically, write_image, write_json
 from rsm_guidance.evaluation.fitting import fit_to_budget
 from rsm_guidance.evaluation.generate import Generation, Sample, costs_of, fingerprint, generate, scores_of
 from rsm_guidance.evaluation.pictures import grid
 from rsm_guidance.evaluation.statistics import mean_interval
+from rsm_guidance.rewards import name_of
 from rsm_guidance.samplers import Sampler, Unguided
 from rsm_guidance.values import DiffusionRewardModel, Judge
 
@@ -108,7 +110,7 @@ def compare(
         raise ValueError(next(iter(skipped.values())))
     settings = {
         "steps": costs.schedule.steps, "unguided_cost": costs.once, "seed": config.seed, "autocast": config.autocast,
-        "guidance_scale": generation.guidance_scale, "denoiser": fingerprint(_denoiser(pipe)),
+        "guidance_scale": generation.guidance_scale, "denoiser": " ".join(map(fingerprint, denoisers_of(pipe).values())),
         "guide": _named(guide), "monitors": {name: _named(judge) for name, judge in (monitors or {}).items()},
     }  # fmt: skip
     state = PartialState()
@@ -132,15 +134,10 @@ def compare(
     return report
 
 
-def _denoiser(pipe: DiffusionPipeline) -> torch.nn.Module:
-    module: torch.nn.Module = getattr(pipe, "transformer", None) or pipe.unet
-    return module
-
-
 def _named(judge: Judge) -> str:
     if isinstance(judge, DiffusionRewardModel):
         return f"diffusion reward model {fingerprint(judge)}"
-    return getattr(judge, "__name__", type(judge).__name__)
+    return name_of(judge)
 
 
 # --- chunks of work ---

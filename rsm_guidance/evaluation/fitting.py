@@ -5,7 +5,6 @@ without a network.  Samplers whose cost depends on the values they meet (rbf, ba
 the real run holds in any case.
 """
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -13,9 +12,9 @@ import torch
 from torch import Tensor
 
 from rsm_guidance.core.ledger import Ledger
+from rsm_guidance.core.mixture import GaussianMixture, GaussianMixtureDenoiser
 from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.core.schedule import NoiseSchedule, Prediction
-from rsm_guidance.core.transitions import ode
 from rsm_guidance.samplers import Problem, Sampler
 
 _MOST = 512
@@ -45,44 +44,26 @@ class Costs:
         return self.schedule.steps * self.per_level + self.final
 
 
-class _ToyDenoiser:
-    """Shrinks its latents; as the engine does, it answers again for free about the latents it was last asked about."""
+class _ToyDenoiser(GaussianMixtureDenoiser):
+    """That of a standard normal law, at the costs of a run.
 
-    checkpointing = False
+    As the engine does, it answers again for free about the latents it was last asked about.
+    """
 
     def __init__(self, costs: Costs, ledger: Ledger) -> None:
-        self.prompts = ["toy"]
-        self.schedule = costs.schedule
-        self.steps = costs.schedule.steps
-        self.evaluations_per_row = costs.per_level
-        self._ledger = ledger
+        super().__init__(GaussianMixture.from_weights([1.0], [[0.0] * _WIDTH], 1.0), costs.schedule, ["toy"])
+        self._costs, self._ledger = costs, ledger
         self._last: tuple[Tensor, int, Prediction] | None = None
 
-    def initial(self, generators: Sequence[torch.Generator] | None = None) -> Tensor:
-        chosen = generators or [torch.Generator().manual_seed(0)]
-        return torch.stack([torch.randn(_WIDTH, generator=g) for g in chosen])
+    @property
+    def evaluations_per_row(self) -> float:
+        return self._costs.per_level
 
     def predict(self, x: Tensor, level: int, rows: Tensor | None = None) -> Prediction:
-        if self._last is not None and self._last[0] is x and self._last[1] == level:
-            return self._last[2]
-        self._ledger.denoiser_evaluations += len(x) * self.evaluations_per_row
-        alpha, sigma = self.schedule.coefficients(level)
-        x0 = alpha / (alpha**2 + sigma**2) * x
-        prediction = Prediction(x, x0, (x - alpha * x0) / sigma)
-        self._last = (x, level, prediction)
-        return prediction
-
-    def follow(
-        self,
-        rows: Tensor | None = None,
-        generators: Sequence[torch.Generator] | None = None,
-        start: Tensor | None = None,
-    ) -> Iterator[tuple[Prediction | None, Tensor]]:
-        x = self.initial(generators) if start is None else start
-        for level in range(self.steps):
-            prediction = self.predict(x, level)
-            x = ode(prediction, self.schedule, level, level + 1).mean
-            yield prediction, x
+        if self._last is None or self._last[0] is not x or self._last[1] != level:
+            self._ledger.denoiser_evaluations += len(x) * self.evaluations_per_row
+            self._last = (x, level, super().predict(x, level))
+        return self._last[2]
 
     def decode(self, x0: Tensor, rows: Tensor | None = None) -> Tensor:
         self._ledger.decodes += len(x0)

@@ -11,7 +11,7 @@ from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.core.transitions import Transition
 from rsm_guidance.samplers import Unguided
 from rsm_guidance.samplers.backtracking import Backtracking
-from tests.samplers.test_particles import ANCESTRAL, SHORT, ConstantValue, problem
+from tests.samplers.cases import ANCESTRAL, SHORT, ConstantValue, problem
 
 ODE = Transition("ode")
 

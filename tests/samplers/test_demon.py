@@ -13,7 +13,7 @@ from rsm_guidance.core.schedule import Prediction
 from rsm_guidance.core.transitions import Gaussian, Transition
 from rsm_guidance.samplers import Unguided
 from rsm_guidance.samplers.demon import Demon
-from tests.samplers.test_particles import ANCESTRAL, SHORT, ConstantValue, problem
+from tests.samplers.cases import ANCESTRAL, SHORT, ConstantValue, problem
 
 CPS = Transition("cps", 0.9)
 

@@ -7,7 +7,7 @@ import torch
 
 from rsm_guidance.core.transitions import Transition
 from rsm_guidance.samplers import BestOfN, Funnel, Unguided
-from tests.samplers.test_particles import ANCESTRAL, SHORT, ConstantValue, problem
+from tests.samplers.cases import ANCESTRAL, SHORT, ConstantValue, problem
 
 
 def test_the_population_shrinks_from_all_to_the_survivors() -> None:

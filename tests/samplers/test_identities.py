@@ -1,5 +1,7 @@
 """Identities every sampler must keep, through the pipeline."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -126,6 +128,16 @@ def test_guidance_with_a_plain_function_raises_that_function(guided: DiffusionPi
 ALL = [name for name in rg.SAMPLERS if name != "none"]
 SEVEN = [*PROMPTS, "a star", "three green squares", "a cross", "a blue circle with a yellow star"]
 DRAWS = ("psi", "tree-sampling")  # start from a draw, or return a draw among equals
+SMALLER = {
+    "tree-sampling": {"simulations": 10},
+    "tree-search": {"simulations": 10},
+    "noise-optimization": {"iterations": 2},
+}
+
+
+def small(name: str, **settings: float) -> Any:
+    """The sampler at the smallest size at which it still does all that it does."""
+    return rg.make_sampler(name, **SMALLER.get(name, {}), **settings)
 
 
 def blueness(batch: torch.Tensor, prompts: list[str]) -> torch.Tensor:
@@ -137,25 +149,22 @@ def test_every_sampler_gives_a_prompt_its_image_in_any_batch_and_order(
     guided: DiffusionPipeline, drm: rg.DiffusionRewardModel, name: str
 ) -> None:
     def run(prompts: list[str]) -> np.ndarray:
-        return as_bytes(images(guided, prompts, seed=5, sampler=name, reward=drm))
+        return as_bytes(images(guided, prompts, seed=5, sampler=small(name), reward=drm))
 
     whole = run(SEVEN[:5])
     assert np.abs(run(SEVEN[2:3]) - whole[2:3]).max() <= 1
     assert np.abs(run(SEVEN[4::-1])[::-1] - whole).max() <= 1
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [name for name in ALL if name not in DRAWS])
 def test_a_constant_reward_leaves_every_sampler_the_unguided_run(guided: DiffusionPipeline, name: str) -> None:
     def constant(batch: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         return 7 + 0 * batch.mean((1, 2, 3))
 
-    sampler = rg.make_sampler(name)
-    plain = as_bytes(images(guided, PROMPTS, seed=2, sampler=rg.Unguided(sampler.transition)))  # type: ignore[attr-defined]
+    sampler = small(name)
+    plain = as_bytes(images(guided, PROMPTS, seed=2, sampler=rg.Unguided(sampler.transition)))
     got = as_bytes(images(guided, PROMPTS, seed=2, sampler=sampler, reward=constant))
-    if name in DRAWS:
-        assert np.isfinite(got).all()
-    else:
-        assert np.abs(got - plain).max() <= 1
+    assert np.abs(got - plain).max() <= 1
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -163,8 +172,8 @@ def test_every_sampler_raises_a_reward_and_does_not_mind_its_offset(guided: Diff
     def shifted(batch: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         return blueness(batch, prompts) + 64
 
-    sampler = rg.make_sampler(name, **({"temperature": 1e-3} if name == "tree-sampling" else {}))
-    base = guided(prompt=SEVEN[:4], seed=0, sampler=rg.Unguided(sampler.transition), reward=blueness, **CALL)  # type: ignore[attr-defined]
+    sampler = small(name, **({"temperature": 1e-3} if name == "tree-sampling" else {}))
+    base = guided(prompt=SEVEN[:4], seed=0, sampler=rg.Unguided(sampler.transition), reward=blueness, **CALL)
     out = guided(prompt=SEVEN[:4], seed=0, sampler=sampler, reward=blueness, **CALL)
     assert np.mean(out.rewards) > np.mean(base.rewards) and np.isfinite(out.images).all()
     again = guided(prompt=SEVEN[:4], seed=0, sampler=sampler, reward=shifted, **CALL)

@@ -8,7 +8,7 @@ import torch
 from rsm_guidance.core.mixture import tilt
 from rsm_guidance.core.transitions import Transition
 from rsm_guidance.samplers import Lidar, Unguided
-from tests.samplers.test_particles import ANCESTRAL, CASES, SCHEDULES, SHORT, problem
+from tests.samplers.cases import ANCESTRAL, CASES, SCHEDULES, SHORT, problem
 
 
 @pytest.mark.parametrize("name", ["flow", "vp"])

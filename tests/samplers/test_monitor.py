@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline
 
 import rsm_guidance as rg
 from rsm_guidance.samplers import BestOfN, Monitor, Watch
-from tests.samplers.test_particles import ANCESTRAL, SHORT, problem
+from tests.samplers.cases import ANCESTRAL, SHORT, problem
 
 
 def test_it_follows_the_best_by_the_guide_and_stops_when_all_rows_have_parted() -> None:

@@ -17,7 +17,7 @@ from rsm_guidance.core.transitions import Transition
 from rsm_guidance.engine import PipelineDenoiser
 from rsm_guidance.samplers import Problem, Unguided
 from rsm_guidance.samplers.noise_optimization import NoiseOptimization, _Climb, improbability
-from tests.samplers.test_particles import ANCESTRAL, SHORT, problem
+from tests.samplers.cases import ANCESTRAL, SHORT, problem
 
 ODE = Transition("ode")
 VARIANTS = [

@@ -16,7 +16,7 @@ from rsm_guidance.core.transitions import Transition
 from rsm_guidance.engine import PipelineDenoiser
 from rsm_guidance.samplers import BestOfN, Unguided
 from rsm_guidance.samplers.noise_search import NoiseSearch
-from tests.samplers.test_particles import ANCESTRAL, SHORT, ConstantValue, problem
+from tests.samplers.cases import ANCESTRAL, SHORT, ConstantValue, problem
 
 ODE = Transition("ode")
 CALL = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "np"}

@@ -15,7 +15,7 @@ from rsm_guidance.core.schedule import NoiseSchedule, Prediction
 from rsm_guidance.core.transitions import Transition
 from rsm_guidance.samplers import TwistedSMC, Unguided
 from rsm_guidance.samplers.psi import CrankNicolson, PsiSampler
-from tests.samplers.test_particles import ANCESTRAL, CASES, SHORT, ConstantValue, problem, weighted_reward
+from tests.samplers.cases import ANCESTRAL, CASES, SHORT, ConstantValue, problem, weighted_reward
 
 LATE = NoiseSchedule.variance_preserving(8, start=0.3)  # its noisiest level knows something of the data
 CHAIN = CrankNicolson(2, 3, 1)

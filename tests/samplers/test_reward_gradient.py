@@ -11,7 +11,7 @@ from rsm_guidance.core.mixture import tilt
 from rsm_guidance.core.schedule import Prediction
 from rsm_guidance.core.transitions import Transition
 from rsm_guidance.samplers import RewardGradient, Unguided
-from tests.samplers.test_particles import ANCESTRAL, CASES, SCHEDULES, SHORT, ConstantValue, problem
+from tests.samplers.cases import ANCESTRAL, CASES, SCHEDULES, SHORT, ConstantValue, problem
 
 CPS = Transition("cps", 0.9)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rsm_guidance.samplers import RollingSelection, StepwiseSampling, Unguided
-from tests.samplers.test_particles import ANCESTRAL, SHORT, problem
+from tests.samplers.cases import ANCESTRAL, SHORT, problem
 
 
 def test_a_bar_that_nothing_passes_is_step_wise_sampling_and_one_that_all_pass_is_unguided() -> None:

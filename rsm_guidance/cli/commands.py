@@ -22,7 +22,6 @@ from rsm_guidance.evaluation.files import (
     write_json,
 )
 from rsm_guidance.evaluation.generate import Generation, generate, load_pipeline, scores_of
-from rsm_guidance.evaluation.traces import write_trace_picture
 from rsm_guidance.rewards import shapes_correct, shapes_verifier
 from rsm_guidance.samplers import SAMPLERS, Progress, Sampler
 from rsm_guidance.shapes.render import IMAGE_SIZE
@@ -98,6 +97,8 @@ class Sample:
         if self.trace is not None:
             write_json(self.trace, out.trace)
         if self.plot is not None:
+            from rsm_guidance.evaluation.traces import write_trace_picture  # matplotlib takes its time
+
             write_trace_picture(self.plot, out.trace)
         _say({"image": str(self.out), "reward": (out.rewards or [None])[0], **out.ledger.to_dict()})
 

@@ -8,11 +8,10 @@ candidates of one prompt can use), and the bias, the mean difference of an estim
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from rsm_guidance.core.denoiser import Value
@@ -25,6 +24,9 @@ from rsm_guidance.evaluation.generate import Generation, load_pipeline
 from rsm_guidance.samplers import Problem
 from rsm_guidance.shapes import caption_set, model_path
 from rsm_guidance.values import DiffusionRewardModel, DRMValue, EstimatedValue, Lookahead, Smoothed, Tweedie, load_judge
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -144,8 +146,10 @@ def _figures(values: np.ndarray, final: np.ndarray, same_units: bool) -> dict[st
     }
 
 
-def plot(result: dict[str, Any]) -> Figure:
+def plot(result: dict[str, Any]) -> "Figure":
     """Correlations and bias against the noise level."""
+    from matplotlib.figure import Figure  # takes its time, which other commands need not
+
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     axes = figure.subplots(1, 3)
     for axis, key, title in zip(

@@ -11,7 +11,7 @@ under `accelerate launch` every process takes its share of the chunks.
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,6 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, ScalarFormatter
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -127,6 +125,8 @@ def compare(
         report["runs"][run.key] = _summary(config, run, [p for p in parts if p is not None])
     _against_unguided(report)
     if state.is_main_process:
+        from rsm_guidance.evaluation.curves import curves  # matplotlib takes its time, which other commands need not
+
         write_json(config.out / "report.json", report)
         write_atomically(config.out / "curves.png", lambda path: curves(report).savefig(path, dpi=130))
         write_image(config.out / "comparison.png", _picture(config, plan))
@@ -274,45 +274,6 @@ def _against_unguided(report: dict[str, Any]) -> None:
             run["over_optimisation_gap"] = run["reward_gain"][0] / spread[0] - run["monitor_gain"][first][0] / spread[1]
 
 
-def curves(report: dict[str, Any]) -> Figure:
-    """Reward, and the first monitor where there is one, against denoiser evaluations and against seconds."""
-    watched = list(report["settings"]["monitors"])[:1]
-    rows = [*watched, "reward"]
-    figure = Figure(figsize=(12.5, 4.3 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), 2, squeeze=False)
-    names = {name: f"monitor: {name}" for name in watched} | {"reward": f"guide: {report['settings']['guide']}"}
-    labels = list(dict.fromkeys(r["label"] for r in report["runs"].values()))
-    marks, colours = "os^Dv<>pXh*", [f"C{i}" for i in range(10)]
-    for row, quantity in enumerate(rows):
-        for column, (axis, unit) in enumerate((("evaluations", "denoiser evaluations"), ("seconds", "seconds"))):
-            ax = axes[row][column]
-            for i, label in enumerate(labels):
-                runs = [r for r in report["runs"].values() if r["label"] == label]
-                runs.sort(key=lambda r: r["evaluations"])
-                y = np.array([r["reward"] if quantity == "reward" else r["monitors"][quantity] for r in runs])
-                style = {"marker": marks[i % len(marks)], "color": colours[i % 10], "ms": 5, "lw": 1.2}
-                style |= {"ls": ("-", "--", ":")[i // 10 % 3]}
-                shift = 1 + 0.006 * (i - len(labels) / 2)  # apart, so that intervals can be told from each other
-                ax.errorbar(
-                    [r[axis] * shift for r in runs], y[:, 0], [y[:, 0] - y[:, 1], y[:, 2] - y[:, 0]],
-                    label=label, elinewidth=0.7, **style,
-                )  # fmt: skip
-            ax.set(xscale="log", xlabel=f"{unit} per image", ylabel=names[quantity][:48])
-            ax.xaxis.set_major_formatter(ScalarFormatter())
-            ax.xaxis.set_minor_formatter(NullFormatter())
-            ax.set_xticks(_ticks([r[axis] for r in report["runs"].values()]))
-            ax.grid(alpha=0.25)
-    axes[0][1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
-    return figure
-
-
-def _ticks(values: list[float]) -> list[float]:
-    """1, 2 and 5 times powers of ten around positive values."""
-    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
-    marks = [m * 10.0**e for e in range(low, high + 1) for m in (1, 2, 5)]
-    return [m for m in marks if 0.7 * min(values) <= m <= 1.4 * max(values)]
-
-
 def _picture(config: Comparison, plan: list[_Run]) -> Image.Image:
     """The first prompts (rows) under every sampler (columns) at its largest budget."""
     last = {run.label: run for run in plan}
@@ -321,16 +282,3 @@ def _picture(config: Comparison, plan: list[_Run]) -> Image.Image:
         images = [_image(config, run, index, False) or Image.new("RGB", (64, 64), "white") for run in last.values()]
         rows.append([(image, config.prompts[index] if i == 0 else "") for i, image in enumerate(images)])
     return grid(rows, 128, [run.key for run in last.values()])
-
-
-def table(report: dict[str, Any]) -> str:
-    """The report as a Markdown table, one row per run."""
-    watched = list(report["settings"]["monitors"])
-    head = ["sampler", "evaluations", *watched, "guide", "diversity", "s/image"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    show: Callable[[list[float]], str] = lambda v: f"{v[0]:.3f} [{v[1]:.3f}, {v[2]:.3f}]"  # noqa: E731
-    for key, r in report["runs"].items():
-        cells = [key, f"{r['evaluations']:.0f}", *(show(r["monitors"][n]) for n in watched), f"{r['reward'][0]:.2f}"]
-        cells += ["" if r["diversity"] is None else f"{r['diversity'][0]:.3f}", f"{r['seconds']:.2f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)

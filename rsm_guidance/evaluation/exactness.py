@@ -9,11 +9,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -31,6 +30,9 @@ from rsm_guidance.core.schedule import NoiseSchedule, Prediction
 from rsm_guidance.core.transitions import Transition
 from rsm_guidance.evaluation.files import write_atomically, write_json
 from rsm_guidance.samplers import BestOfN, FKSteering, Problem, Sampler, SamplerOutput, TreeSampling, TwistedSMC
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _ANCESTRAL = Transition("ddim", 1.0)
 
@@ -221,8 +223,10 @@ def _mean_over_cases(result: dict[str, Any], key: str) -> dict[tuple[str, str], 
     return lines
 
 
-def plot(result: dict[str, Any]) -> Figure:
+def plot(result: dict[str, Any]) -> "Figure":
     """Mean absolute errors over cases and schedules, against particles."""
+    from matplotlib.figure import Figure  # takes its time, which other commands need not
+
     figure = Figure(figsize=(11, 4), layout="constrained")
     for axis, key, title in zip(figure.subplots(1, 2), ("reward", "log_z"), ("E[r]", "log Z"), strict=True):
         for i, ((name, kind), points) in enumerate(_mean_over_cases(result, key).items()):

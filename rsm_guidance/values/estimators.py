@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -212,6 +211,8 @@ def adapter_on(pipe: DiffusionPipeline, name: str) -> Iterator[None]:
     Raises:
         ValueError: if the denoiser has no such adapter.
     """
+    from peft.tuners.tuners_utils import BaseTunerLayer  # slow to import, and rarely needed
+
     modules = [m for denoiser in denoisers_of(pipe).values() for m in denoiser.modules()]
     layers = [m for m in modules if isinstance(m, BaseTunerLayer) and name in m._get_available_adapters()]
     if not layers:

@@ -5,6 +5,7 @@ node's transition is computed once and serves all its children.
 """
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
+_SAVE_EVERY = 30.0  # seconds between two savings of a tree file, so that a killed run loses no more
 _EARLY = 4  # u^4 of a uniform u: where restarts leave a path leans to its noisy half, where more is decided
 
 
@@ -78,14 +80,23 @@ class Growth:
         path = None if config.tree_file is None else Path(config.tree_file)
         if path is not None and path.exists():
             self._resume(path)
-        size = [len(tree.leaves) for tree in self.forest.trees]
+        size, saved = [len(tree.leaves) for tree in self.forest.trees], time.monotonic()
         try:
             active = list(range(self.problem.count))
             while active:
                 active = self._batch(active)
+                if path is not None and time.monotonic() - saved > _SAVE_EVERY:
+                    size, saved = self._save(path, size), time.monotonic()
         finally:
-            if path is not None and self.judging and size != [len(tree.leaves) for tree in self.forest.trees]:
-                self.forest.save(path, self._identity())
+            if path is not None:
+                self._save(path, size)
+
+    def _save(self, path: Path, size: list[int]) -> list[int]:
+        """Write the trees if they have grown beyond a size; returns their size."""
+        grown = [len(tree.leaves) for tree in self.forest.trees]
+        if self.judging and grown != size:
+            self.forest.save(path, self._identity())
+        return grown
 
     def _batch(self, active: list[int]) -> list[int]:
         """Complete one batch of simulations for some rows; returns the rows that go on."""

@@ -133,7 +133,8 @@ class TreeSampling(TreeSampler):
         node_dtype: in which the means of nodes are stored; None keeps theirs.  Finished latents keep theirs.
         stored_nodes: means kept per prompt on the CPU, None for all; beyond, the unlikeliest nodes are sealed (with
             restarts: later simulations get no branch node of their own).
-        tree_file: safetensors file in which the trees are kept, and from which they are continued if it exists.
+        tree_file: safetensors file in which the trees are kept, and from which they are continued if it exists; written
+            every half minute and at the end, also of a run that fails or is stopped.
         selection: "restarts" (ours, unbiased; widening does not apply), "boltzmann" (the paper's) or "proportional".
         caution: >= 0; pseudo-visits of the mean in a branch node's value, or the weight of the standard error; 0 with
             "boltzmann" is the paper's.

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from rsm_guidance.core.forest import Forest
 from rsm_guidance.core.ledger import Budget, Ledger
 from rsm_guidance.core.mixture import GaussianMixture, GaussianMixtureDenoiser, QuadraticReward
 from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.core.schedule import NoiseSchedule, Prediction
 from rsm_guidance.core.transitions import Transition
-from rsm_guidance.samplers import BestOfN, FKSteering, Interrupted, Problem, SamplerOutput, Unguided
+from rsm_guidance.samplers import BestOfN, FKSteering, Interrupted, Problem, SamplerOutput, Unguided, growth
 from rsm_guidance.samplers.tree import TreeSampling, TreeSearch
 
 A = Transition("ddim", 1.0)
@@ -248,6 +249,23 @@ def test_an_interrupted_tree_goes_on(tmp_path: Path) -> None:
     assert cut.ledger.stopped == "interrupted" and cut.latents.isfinite().all()
     assert 1 <= len(cut.trace["candidates"]["rewards"][0]) < 30
     same(TreeSampling(30, transition=A, tree_file=path).sample(problem()), whole)
+
+
+def test_a_killed_tree_goes_on_from_its_last_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, path = TreeSampling(30, transition=A).sample(problem()), tmp_path / "tree.safetensors"
+    states: list[bytes] = []
+    save = Forest.save
+
+    def recorded(self: Forest, *args: Any) -> None:
+        save(self, *args)
+        states.append(path.read_bytes())
+
+    monkeypatch.setattr(Forest, "save", recorded)
+    monkeypatch.setattr(growth, "_SAVE_EVERY", -1.0)
+    TreeSampling(30, transition=A, tree_file=str(path)).sample(problem())
+    assert len(states) == 5, "after the first simulation, and after each batch of eight"
+    path.write_bytes(states[2])
+    same(TreeSampling(30, transition=A, tree_file=str(path)).sample(problem()), whole)
 
 
 def test_files_of_other_runs_and_damaged_ones_are_refused(tmp_path: Path) -> None:

@@ -3,14 +3,9 @@
 The reward of the finished image is a function of the start x_T and of the noises z_t of its steps.  Its gradient goes back
 through the whole run, and the noises climb it by SGD with Nesterov momentum; the best image met on the way is returned.
 
-- `what="initial"` (ReNO): x_T alone, held to the lengths that noise has by the chi prior
-  K(x) = |x|^2 / 2 - (d - 1) log |x|, subtracted from the reward.
-- `what="all"` (DNO): x_T and every z_t, held to being noise by DNO's concentration tests.  All numbers, permuted, are cut into
-  m vectors of dimension k, whose mean and covariance deviate from 0 and I by more than they do with a probability below
-
-      p1 = 2 exp(-m |mean|^2 / 2k),    p2 = 2 exp(-m max(sqrt(1 + |cov - I|) - 1 - sqrt(k / m), 0)^2 / 2);
-
-  K = -log p1 - log p2 as far as they are below 1, averaged over permutations (k = 4, and 8 permutations, which is ours).
+- `what="initial"` (ReNO): x_T alone, held to the lengths that noise has by the chi prior.
+- `what="all"` (DNO): x_T and every z_t, held to being noise by DNO's concentration tests, averaged over permutations (their
+  number is ours).  `core/noise_prior.py` has both priors, which are subtracted from the reward.
 
 `gradient="zeroth-order"` serves rewards without one: dr/dx0 is estimated from pairs of perturbed clean latents,
 (r(x0 + h u) - r(x0 - h u)) / 2h u, and goes back through the denoiser's exact Jacobian (DNO's hybrid gradient; pairs are ours).
@@ -31,6 +26,7 @@ import torch
 from torch import Tensor
 
 from rsm_guidance.core.ledger import BACKWARD
+from rsm_guidance.core.noise_prior import chi_gradient, improbability_gradient
 from rsm_guidance.core.rows import rows_where, scaled
 from rsm_guidance.core.schedule import Prediction
 from rsm_guidance.core.transitions import Transition
@@ -45,7 +41,7 @@ from rsm_guidance.samplers.base import (
     new_trace,
 )
 
-_VECTOR, _PERMUTATIONS = 4, 8
+_PERMUTATIONS = 8
 
 
 @dataclass(frozen=True)
@@ -313,29 +309,12 @@ class _Climb:
         units = [z.double() / s for z, s in zip(self.noises[: self.free], self.scales, strict=True)]
         flat = torch.cat([z.flatten(1) for z in units], 1)
         if self.config.what == "initial":
-            return [scaled(units[0], 1 - (self.dimension - 1) / flat.square().sum(1).clamp(min=1e-12))]
+            return [chi_gradient(flat).view_as(units[0])]
         streams = [self.problem.streams.generator(r, "permute", iteration) for r in range(self.problem.count)]
         orders = [[torch.randperm(self.dimension, generator=g) for g in streams] for _ in range(_PERMUTATIONS)]
-        with torch.enable_grad():
-            leaf = flat.detach().requires_grad_()
-            index = torch.stack([torch.stack(o) for o in orders]).to(flat.device)
-            total = improbability(leaf.expand(_PERMUTATIONS, -1, -1).gather(2, index)).mean(0).sum()
-            (gradient,) = torch.autograd.grad(total, leaf)
+        gradient = improbability_gradient(flat, torch.stack([torch.stack(o) for o in orders]).to(flat.device))
         sizes = [z[0].numel() for z in units]
         return [g.view_as(z) for g, z in zip(torch.split(gradient, sizes, 1), units, strict=True)]
-
-
-def improbability(numbers: Tensor, k: int = _VECTOR) -> Tensor:
-    """-log p1 - log p2 of DNO's tests for numbers [..., D] to be standard normal, cut into vectors of dimension k; [...]."""
-    k = min(k, numbers.shape[-1])
-    m = numbers.shape[-1] // k
-    vectors = numbers[..., : m * k].reshape(*numbers.shape[:-1], m, k)
-    log_p1 = math.log(2) - m * vectors.mean(-2).square().sum(-1) / (2 * k)
-    covariance = vectors.transpose(-1, -2) @ vectors / m
-    deviation: Tensor = torch.linalg.matrix_norm(covariance - torch.eye(k).to(covariance), ord=2)
-    excess = ((1 + deviation).sqrt() - 1 - math.sqrt(k / m)).clamp(min=0)
-    log_p2 = math.log(2) - m * excess.square() / 2
-    return -log_p1.clamp(max=0) - log_p2.clamp(max=0)
 
 
 def _norm(parts: list[Tensor]) -> Tensor:

@@ -12,11 +12,12 @@ from torch import Tensor
 
 import rsm_guidance as rg
 from rsm_guidance.core.ledger import Ledger
+from rsm_guidance.core.noise_prior import improbability
 from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.core.transitions import Transition
 from rsm_guidance.engine import PipelineDenoiser
 from rsm_guidance.samplers import Problem, Unguided
-from rsm_guidance.samplers.noise_optimization import NoiseOptimization, _Climb, improbability
+from rsm_guidance.samplers.noise_optimization import NoiseOptimization, _Climb
 from tests.samplers.cases import ANCESTRAL, SHORT, problem
 
 ODE = Transition("ode")

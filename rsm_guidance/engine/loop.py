@@ -134,7 +134,9 @@ class StockLoop:
         self._override = latents
         traits = traits_of(pipe)
         # diffusers' own callbacks change the run at certain steps, so they must see the steps that a jump passes, too.
-        replayed = isinstance(call.get("callback_on_step_end"), PipelineCallback | MultiPipelineCallbacks)
+        replayed = self._replayed = isinstance(
+            call.get("callback_on_step_end"), PipelineCallback | MultiPipelineCallbacks
+        )
         self._blank = min(skip, int(traits.blends)) if traits.interrupts and not replayed else skip
         self._jump = skip - self._blank
         self._call = dict(call)
@@ -275,6 +277,17 @@ class StockLoop:
                 if self._override is not None:
                     warnings.simplefilter("ignore", FutureWarning)  # the first call has shown them
                 pause: Pause = self._greenlet.switch(latents) if started else self._greenlet.switch()
+        except RuntimeError as error:
+            rows = 0 if self._latents is None else len(self._latents)
+            if rows < 2 or not self._replayed:
+                raise
+            callback = self._call["callback_on_step_end"]
+            names = [type(c).__name__ for c in getattr(callback, "callbacks", [callback])]
+            raise ValueError(
+                f"the call failed under {', '.join(names)} with {rows} latents at once ({error}). diffusers' cutoff callbacks "
+                "for Stable Diffusion and SDXL keep the conditioning of one latent only: derive one that keeps the second "
+                "half, prompt_embeds.chunk(2)[1], or leave it out"
+            ) from error
         finally:
             for counter in counters:
                 counter.remove()

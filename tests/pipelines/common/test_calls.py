@@ -285,6 +285,13 @@ def test_pipeline_callbacks_hold_under_a_sampler_that_jumps(name: str) -> None:
     assert not np.array_equal(cut.images, plain.images)
 
 
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_callbacks_for_one_image_only_say_so(name: str) -> None:
+    call = ZOO[name].call() | {"seed": 0, "output_type": "np", "callback_on_step_end": cutoff(name)}
+    with pytest.raises(ValueError, match=rf"under {type(cutoff(name)).__name__} with 2 latents at once"):
+        build(name)(**call, sampler=JUMPING, reward=redness)
+
+
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux", "sana", "wan", "sd15_inpaint", "sd3_inpaint"])
 def test_callbacks_with_tensors_do_not_disturb_a_sampler_that_jumps(name: str) -> None:
     pipe = build(name)

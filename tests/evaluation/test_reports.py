@@ -42,7 +42,7 @@ def test_values_foretell_better_where_there_is_less_noise(tmp_path: Path) -> Non
 
 def test_errors_fall_with_particles_and_best_of_n_overshoots(tmp_path: Path) -> None:
     out = tmp_path / "exactness.json"
-    config = ExactnessBenchmark(out, particles=(2, 32), cases=("linear",), steps=20, work=1280)
+    config = ExactnessBenchmark(out, particles=(2, 32), cases=("linear",), steps=20, work=1280, chain=50_000)
     result = run_exactness_benchmark(config)
     cells = {(c["sampler"], c["schedule"], c["value"], c["particles"]): c for c in result["cells"]}
     for name in ("fk-steering", "fk-steering, vasr", "smc"):

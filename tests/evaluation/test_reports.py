@@ -6,8 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rsm_guidance.core.schedule import NoiseSchedule
 from rsm_guidance.evaluation.calibration import ValuesBenchmark, _figures, run_values_benchmark, values_table
-from rsm_guidance.evaluation.exactness import ExactnessBenchmark, exactness_table, run_exactness_benchmark
+from rsm_guidance.evaluation.exactness import (
+    ExactnessBenchmark,
+    discretisation,
+    exactness_table,
+    run_exactness_benchmark,
+)
 
 
 def test_figures_of_values() -> None:
@@ -55,3 +61,10 @@ def test_errors_fall_with_particles_and_best_of_n_overshoots(tmp_path: Path) -> 
     assert "| smc | exact |" in exactness_table(result) and out.with_suffix(".png").exists()
     with pytest.raises(ValueError, match="unknown case 'square'"):
         run_exactness_benchmark(ExactnessBenchmark(out, cases=("square",)))
+
+
+def test_what_the_levels_cost_vanishes_with_their_number() -> None:
+    coarse, fine = (discretisation("linear", NoiseSchedule.flow(steps), 100_000) for steps in (10, 160))
+    for key in ("reward", "log_z"):
+        assert abs(fine[f"{key}_error"]) < abs(coarse[f"{key}_error"]) / 4
+        assert abs(fine[f"{key}_error"]) < 4 * fine[f"{key}_standard_error"] + 0.02

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# The two comparisons of the README: benchmarks/compare.sh drm|verifier OUT.  They resume in a folder that they find.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+case "${1:-}" in
+  drm)
+    samplers="none:transition=cps 0.9,none:transition=ode,best-of-n:transition=cps 0.9,stepwise,stepwise:trajectories=2"
+    samplers+=",svdd:block=2,rbf,funnel,fk-steering,smc:temperature=0.1,reward-gradient"
+    samplers+=",reward-gradient:push=noise:strength=0.4,tree-search,noise-search:mode=paths,backtracking,lidar,noise-search"
+    samplers+=",demon,tree-sampling:temperature=0.1,psi:temperature=0.1,noise-optimization"
+    judges=(--guide shapes-drm --monitor shapes-correct,shapes-verifier) ;;
+  verifier)
+    samplers="none:transition=cps 0.9,best-of-n:transition=cps 0.9,stepwise,funnel,tree-search,fk-steering:temperature=0.1"
+    samplers+=",noise-search:mode=paths,backtracking,svdd:block=2,rbf,demon,noise-search,lidar"
+    samplers+=",tree-sampling:temperature=0.05,psi:temperature=0.1,noise-optimization:gradient=zeroth-order"
+    judges=(--guide shapes-verifier --monitor shapes-correct,shapes-drm) ;;
+  *) echo "usage: $0 drm|verifier OUT" >&2; exit 2 ;;
+esac
+exec rsm-guidance compare --prompts benchmarks/captions.txt --samplers "$samplers" --budgets 42,84,168 --steps 10 \
+  "${judges[@]}" --pairs 16 --batch-size 32 --autocast --out "${2:?give a folder for the report}"

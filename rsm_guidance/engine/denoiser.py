@@ -13,7 +13,7 @@ from rsm_guidance.core.ledger import Ledger
 from rsm_guidance.core.schedule import NoiseSchedule, Prediction
 from rsm_guidance.engine.families import denoisers_of, pick_rows, traits_of, why_not
 from rsm_guidance.engine.loop import Done, Pause, Start, Step, StockLoop
-from rsm_guidance.engine.memory import MicroBatch
+from rsm_guidance.engine.memory import MicroBatch, cast_weights_kept
 from rsm_guidance.engine.replay import Draws, Encoder
 from rsm_guidance.engine.schedulers import Levels, read_levels, refusal
 
@@ -121,7 +121,7 @@ class PipelineDenoiser:
         wanted = self._base if rows is None else tuple(rows.tolist())
         if len(wanted) != len(x):
             raise ValueError(f"{len(x)} latents were given for {len(wanted)} rows; they must be as many")
-        with self._recomputing():
+        with self._under_gradient():
             steps = self._fitting(lambda piece: self._step_at(_part(x, piece), level, wanted[piece]), len(x))
         read = [levels.read(s.sample, s.model_output, level) for s in steps]
         return read[0] if len(read) == 1 else _joined(x, read)
@@ -171,7 +171,7 @@ class PipelineDenoiser:
             return images
 
         self._decoding.size = min(self._decoding.size, max(1, _DECODED_AT_ONCE // x0[0].numel()))
-        with self._recomputing():
+        with self._under_gradient():
             return torch.cat(self._decoding(decoded, len(x0))).float()
 
     # --- what pipelines need besides ---
@@ -197,15 +197,17 @@ class PipelineDenoiser:
         return self._size[0] // patch, self._size[1] // patch
 
     @contextmanager
-    def _recomputing(self) -> Iterator[None]:
-        """Gradient checkpointing of denoiser and decoder, where it is asked for and there is a gradient."""
+    def _under_gradient(self) -> Iterator[None]:
+        """Where there is a gradient: checkpointing of denoiser and decoder, if asked for, and weights as they were cast."""
         modules: list[Any] = [*denoisers_of(self.pipe).values(), getattr(self.pipe, "vae", None)]
+        modules = [m for m in modules if isinstance(m, torch.nn.Module)]
         able = [m for m in modules if getattr(m, "_supports_gradient_checkpointing", False)]
         chosen = [m for m in able if self.checkpointing and torch.is_grad_enabled() and not m.is_gradient_checkpointing]
         for module in chosen:
             module.enable_gradient_checkpointing()
         try:
-            yield
+            with cast_weights_kept(modules):
+                yield
         finally:
             for module in chosen:
                 module.disable_gradient_checkpointing()

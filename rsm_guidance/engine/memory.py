@@ -1,6 +1,7 @@
-"""Micro-batches that shrink when memory runs out."""
+"""Micro-batches that shrink when memory runs out, and gradients through weights that are stored in fewer bits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -8,6 +9,22 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 T = TypeVar("T")
+
+
+@contextmanager
+def cast_weights_kept(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Let gradients pass modules under layerwise casting, whose weights have eight bits again before the way back.
+
+    What autograd saves is detached from the weights, so that it keeps their cast form; it costs the memory of that.
+    """
+    cast = torch.is_grad_enabled() and any(
+        p.is_floating_point() and p.element_size() == 1 for module in modules for p in module.parameters()
+    )
+    if not cast:
+        yield
+        return
+    with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda saved: saved):
+        yield
 
 
 @dataclass

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from rsm_guidance.core.schedule import NoiseSchedule
 from rsm_guidance.engine import encode_images
-from rsm_guidance.engine.memory import MicroBatch
+from rsm_guidance.engine.memory import MicroBatch, cast_weights_kept
 from rsm_guidance.shapes.model import model_path
 from rsm_guidance.values.drm.backbones import Grid, Texts, backbone_of, denoiser_of
 from rsm_guidance.values.drm.head import RewardHead
@@ -250,7 +250,8 @@ class DiffusionRewardModel(
             raise ValueError(f"timesteps lie in [0, 1000]; got {level_or_timestep}")
         grid = grid or self.grid(latents)
         latents = latents.to(weight.device)
-        return torch.cat(self._scoring(lambda p: self(latents[p], timestep[p], prompts[p], grid), len(latents)))
+        with cast_weights_kept([self.trunk]):
+            return torch.cat(self._scoring(lambda p: self(latents[p], timestep[p], prompts[p], grid), len(latents)))
 
     @property
     def image_size(self) -> int:

@@ -242,6 +242,14 @@ def test_layerwise_casting_inference(name: str) -> None:
         x = denoiser.initial().detach().clone().requires_grad_()
         (gradient,) = torch.autograd.grad(denoiser.predict(x, 0).x0.square().sum(), x)
         assert gradient.isfinite().all() and gradient.abs().sum() > 0
+    rounded = build(name)
+    state = {key: weight.float() for key, weight in denoiser_of(pipe).state_dict().items()}
+    denoiser_of(rounded).load_state_dict(state)
+    call["generator"] = torch.Generator().manual_seed(0)
+    with closing(PipelineDenoiser(rounded, call)) as denoiser:
+        denoiser.initial()
+        (plain,) = torch.autograd.grad(denoiser.predict(x, 0).x0.square().sum(), x)
+    assert torch.allclose(gradient, plain, rtol=1e-3, atol=1e-3 * float(plain.abs().max()))
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd3"])

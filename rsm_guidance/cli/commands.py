@@ -69,6 +69,9 @@ class Sample:
         if not self.prompt.strip():
             raise ValueError("the prompt is empty; say what to draw")
         require_image_name(self.out)
+        files = [path.resolve() for path in (self.out, self.trace, self.plot) if path is not None]
+        if len(set(files)) < len(files):
+            raise ValueError("--out, --trace and --plot must name different files, or one overwrites another")
         if self.trace is not None:
             require_writable(self.trace)
         if self.plot is not None and self.plot.suffix.lower() not in (".png", ".svg"):
@@ -118,7 +121,7 @@ class Compare:
     prompt: tyro.conf.Positional[str | None] = None
     """What to draw, instead of --prompts."""
     prompts: Path | None = None
-    """UTF-8 text with one prompt per line, or JSON lines with a "prompt" field."""
+    """UTF-8 text with one prompt per line, or JSON lines with a "prompt" field in a .jsonl file."""
     samplers: str = "none,best-of-n,stepwise"
     """Names, separated by commas, each with options of its own, as in stepwise:trajectories=2; "all" for all."""
     budget: float = 160.0
@@ -158,7 +161,8 @@ class Compare:
         names = list(SAMPLERS) if self.samplers.strip() == "all" else _listed(self.samplers)
         if not names:
             raise ValueError("--samplers names no sampler; give at least one, such as none,stepwise")
-        samplers = {n: (SamplerOptions() if n.startswith("none") else self.options).build(n) for n in names}
+        plain = SamplerOptions(transition=self.options.transition, noise=self.options.noise)
+        samplers = {n: (plain if n.partition(":")[0] == "none" else self.options).build(n) for n in names}
         try:
             budgets = tuple(float(b) for b in self.budgets.split(",")) if self.budgets else (self.budget,)
         except ValueError as error:
@@ -224,7 +228,7 @@ class Evaluate:
     """
 
     prompts: Path
-    """UTF-8 text with one prompt per line, or JSON lines with a "prompt" field."""
+    """UTF-8 text with one prompt per line, or JSON lines with a "prompt" field in a .jsonl file."""
     json: Path
     """Where the result goes."""
     sampler: str = "none"

@@ -2,8 +2,8 @@
 
 Cost counts denoiser evaluations, classifier-free guidance twice, value models by their share of the depth and backward
 passes at twice what they differentiate.  A budget is a hard cap per image; within it each sampler is as large as a dry run
-says it may be.  All samplers share prompts, seeds and, unless they were given another one, the transition, so that
-differences are paired.
+says it may be.  All samplers share prompts and seeds, so that differences are paired.  Each steps by its own transition
+unless it is given another: beside `none` as it comes, compare `none` with the transition of the others.
 
 Runs are cut into chunks of prompts, each written when it is done: an interrupted comparison goes on where it stopped, and
 under `accelerate launch` every process takes its share of the chunks.
@@ -27,7 +27,7 @@ from rsm_guidance.core.ledger import Budget
 from rsm_guidance.engine.families import denoisers_of
 from rsm_guidance.evaluation.files import write_atomically, write_image, write_json
 from rsm_guidance.evaluation.fitting import fit_to_budget
-from rsm_guidance.evaluation.generate import Generation, Sample, costs_of, fingerprint, generate, scores_of
+from rsm_guidance.evaluation.generate import Generation, Sample, copies_of, costs_of, fingerprint, generate, scores_of
 from rsm_guidance.evaluation.pictures import grid
 from rsm_guidance.evaluation.statistics import mean_interval
 from rsm_guidance.rewards import name_of
@@ -84,7 +84,7 @@ def compare(
     guide: Judge,
     monitors: dict[str, Judge] | None = None,
 ) -> dict[str, Any]:
-    """Run what is missing, write report.json, curves.png and comparison.png, and return the report.
+    """Run what is missing, write report.json, report.md, curves.png and comparison.png, and return the report.
 
     Args:
         config: what to compare.
@@ -125,8 +125,12 @@ def compare(
         report["runs"][run.key] = _summary(config, run, [p for p in parts if p is not None])
     _against_unguided(report)
     if state.is_main_process:
-        from rsm_guidance.evaluation.curves import curves  # matplotlib takes its time, which other commands need not
+        from rsm_guidance.evaluation.curves import (  # matplotlib takes its time, which other commands need not
+            curves,
+            table,
+        )
 
+        write_atomically(config.out / "report.md", lambda path: path.write_text(table(report) + "\n", encoding="utf-8"))
         write_json(config.out / "report.json", report)
         write_atomically(config.out / "curves.png", lambda path: curves(report).savefig(path, dpi=130))
         write_image(config.out / "comparison.png", _picture(config, plan))
@@ -157,7 +161,9 @@ def _path(config: Comparison, run: _Run, chunk: list[int], second: bool) -> Path
 
 def _asked(config: Comparison, settings: dict[str, Any], run: _Run, chunk: list[int]) -> dict[str, Any]:
     prompts = [config.prompts[i] for i in chunk]
-    return {"settings": settings, "sampler": repr(run.sampler), "budget": run.budget, "prompts": prompts}
+    copies = copies_of(config.prompts)
+    again = {"copies": [copies[i] for i in chunk]} if any(copies[i] for i in chunk) else {}
+    return again | {"settings": settings, "sampler": repr(run.sampler), "budget": run.budget, "prompts": prompts}
 
 
 def _read(
@@ -190,7 +196,8 @@ def _work(
     cap = None if run.budget is None else Budget(evaluations=run.budget)
     samples: list[Sample] = []
     with torch.autocast(pipe.device.type, torch.bfloat16, enabled=config.autocast):
-        for batch in generate(pipe, prompts, run.sampler, guide, generation, seed, config.batch_size, cap):
+        copies = [copies_of(config.prompts)[i] for i in chunk]
+        for batch in generate(pipe, prompts, run.sampler, guide, generation, seed, config.batch_size, cap, copies):
             samples += batch
     samples.sort(key=lambda s: s.index)
     images = torch.from_numpy(np.stack([np.asarray(s.image.convert("RGB")) for s in samples]))
@@ -229,7 +236,8 @@ def _summary(config: Comparison, run: _Run, parts: list[dict[str, Any]]) -> dict
     watched = {name: [round(x, 4) for p in first for x in p["monitors"][name]] for name in first[0]["monitors"]}
     summary |= {"monitored": watched, "monitors": {name: _interval(scores) for name, scores in watched.items()}}
     distances = [_distance(config, run, i) for i in range(min(config.pairs, len(config.prompts)))]
-    summary["diversity"] = _interval([d for d in distances if d is not None]) if any(distances) else None
+    known = [d for d in distances if d is not None]
+    summary["diversity"] = _interval(known) if known else None
     return summary
 
 

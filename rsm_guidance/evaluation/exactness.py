@@ -115,6 +115,7 @@ EXACT: dict[str, Sized] = {
     "fk-steering": lambda k: FKSteering(k, returned="sample", transition=_ANCESTRAL),
     "fk-steering, vasr": lambda k: FKSteering(k, threshold=1.0, returned="sample", transition=_ANCESTRAL),
     "smc": lambda k: TwistedSMC(k, returned="sample", transition=_ANCESTRAL),
+    "smc, power 1": lambda k: TwistedSMC(k, power=1.0, returned="sample", transition=_ANCESTRAL),
     "tree-sampling": lambda k: TreeSampling(k, transition=_ANCESTRAL),
 }
 GREEDY: dict[str, Sized] = {"best-of-n (greedy)": lambda k: BestOfN(k, _ANCESTRAL)}

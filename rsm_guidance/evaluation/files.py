@@ -65,7 +65,7 @@ def read_prompts(path: Path) -> list[str]:
         ValueError: if the file is missing, not UTF-8, empty, or a line has no prompt.
     """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except OSError as error:
         raise ValueError(f"cannot read the prompts file {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
@@ -73,9 +73,13 @@ def read_prompts(path: Path) -> list[str]:
     lines = [line for line in lines if line]
     if path.suffix == ".jsonl":
         try:
-            lines = [str(json.loads(line)["prompt"]).strip() for line in lines]
+            found = [json.loads(line)["prompt"] for line in lines]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"every line of {path} must be a JSON object with a 'prompt': {error!r}") from error
+        strange = next((p for p in found if not isinstance(p, str)), None)
+        if strange is not None or None in found:
+            raise ValueError(f"every 'prompt' of {path} must be a text; got {strange!r}")
+        lines = [prompt.strip() for prompt in found]
     if not lines or not all(lines):
         raise ValueError(f"the prompts file {path} holds no prompts; write one per line")
     return lines

@@ -89,19 +89,19 @@ def generate(
     seed: int = 0,
     batch_size: int = 16,
     budget: Budget | None = None,
+    copies: list[int] | None = None,
 ) -> Iterator[list[Sample]]:
     """Images for prompts, batch by batch.  Batching changes no image: random numbers are named by prompt.
+
+    `copies` numbers the repetitions of each prompt, by default within `prompts` (see `copies_of`).
 
     Raises:
         KeyboardInterrupt: on Ctrl-C; what was cut short is not yielded.
     """
-    first: list[int] = []
-    again: dict[int, list[int]] = {}
-    seen: dict[str, int] = {}
-    for index, prompt in enumerate(prompts):  # repeated prompts go into rounds of their own, with seeds of their own
-        copy = seen[prompt] = seen.get(prompt, -1) + 1
-        (first if copy == 0 else again.setdefault(copy, [])).append(index)
-    for copy, indices in [(0, first), *again.items()]:
+    rounds: dict[int, list[int]] = {}  # repeated prompts go into rounds of their own, with seeds of their own
+    for index, copy in enumerate(copies_of(prompts) if copies is None else copies):
+        rounds.setdefault(copy, []).append(index)
+    for copy, indices in rounds.items():
         named = seed if copy == 0 else derive_seed(seed, "copy", copy)
         for start in range(0, len(indices), batch_size):
             chosen = indices[start : start + batch_size]
@@ -117,6 +117,16 @@ def generate(
                 Sample(i, p, image, r, cost, seconds, out.trace)
                 for i, p, image, r in zip(chosen, batch, out.images, rewards, strict=True)
             ]
+
+
+def copies_of(prompts: list[str]) -> list[int]:
+    """How often each prompt has come before: 0, 0, 1, ... for a, b, a, ..."""
+    seen: dict[str, int] = {}
+    result = []
+    for prompt in prompts:
+        seen[prompt] = seen.get(prompt, -1) + 1
+        result.append(seen[prompt])
+    return result
 
 
 def value_share(judge: Judge | None) -> float:

@@ -1,7 +1,8 @@
 """Samplers: one search or guidance method per file; `SAMPLERS` names them."""
 
 from dataclasses import fields
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -53,7 +54,7 @@ def make_sampler(name: str, **options: Any) -> Sampler:
     """A sampler by name, with options that are fields of its dataclass.
 
     Raises:
-        ValueError: for an unknown name or an option the sampler does not have.
+        ValueError: for an unknown name, an option the sampler does not have, or a value of the wrong type.
     """
     if name not in SAMPLERS:
         raise ValueError(f"unknown sampler {name!r}; choose one of {', '.join(SAMPLERS)}")
@@ -62,11 +63,41 @@ def make_sampler(name: str, **options: Any) -> Sampler:
     unknown = sorted(options.keys() - known)
     if unknown:
         raise ValueError(f"the sampler {name!r} has no option {unknown[0]!r}; it takes {', '.join(sorted(known))}")
-    try:
-        sampler: Sampler = cls(**options)
-    except TypeError as error:  # a text where a number belongs
-        raise ValueError(f"the sampler {name!r} cannot take {options}: {error}") from error
+    hints = get_type_hints(cls)
+    options = {option: tuple(value) if isinstance(value, list) else value for option, value in options.items()}
+    for option, value in options.items():
+        if not _fits(value, hints[option]):
+            raise ValueError(
+                f"the sampler {name!r} cannot take {option}={value!r}: it must be {_described(hints[option])}"
+            )
+    sampler: Sampler = cls(**options)
     return sampler
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value is of an annotated type; whole numbers are numbers, truth values are not."""
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, h) for h in get_args(hint))
+    if get_origin(hint) is Literal:
+        return isinstance(value, str)  # which, the sampler knows better
+    if get_origin(hint) is tuple:
+        inside = get_args(hint)
+        return isinstance(value, tuple) and len(value) == len(inside) and all(map(_fits, value, inside))
+    if hint in (int, float):
+        return isinstance(value, int | hint) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _described(hint: Any) -> str:
+    """A type in words."""
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(map(_described, get_args(hint)))
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(repr, get_args(hint)))
+    if get_origin(hint) is tuple:
+        return "[" + ", ".join(map(_described, get_args(hint))) + "]"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+    return words.get(hint) or f"a {hint.__name__}"
 
 
 def parse_sampler(text: str, **options: Any) -> Sampler:
@@ -80,7 +111,7 @@ def parse_sampler(text: str, **options: Any) -> Sampler:
         if not equals:
             raise ValueError(f"{setting!r} in {text!r} sets nothing; write field=value")
         try:
-            options[field.strip()] = parse_transition(value) if field == "transition" else _value(value)
+            options[field.strip()] = parse_transition(value) if field == "transition" else yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ValueError(f"cannot read {value!r} in {text!r}") from error
     return make_sampler(name.strip(), **options)
@@ -95,11 +126,6 @@ def parse_transition(text: str) -> Transition:
         return Transition("glass", inner=int(number)) if kind == "glass" else Transition(kind, float(number))  # type: ignore[arg-type]
     except ValueError as error:
         raise ValueError(f"cannot read the transition {text!r}: {error}") from error
-
-
-def _value(text: str) -> Any:
-    value = yaml.safe_load(text)
-    return tuple(value) if isinstance(value, list) else value
 
 
 __all__ = [

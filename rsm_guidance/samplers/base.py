@@ -42,7 +42,7 @@ class Problem:
         reward: judge of finished images, or None.
         value: judge of noisy latents, or None; it judges the finished latents where there is no reward.
         progress: called after every level.
-        watch: a monitor of finished images, or None.
+        watch: a monitor of finished images, or None; it sees as many as the budget has decodes for.
     """
 
     denoiser: Denoiser
@@ -75,6 +75,13 @@ class Problem:
             return 1
         return 0 if self.value is None else self.value.reward_calls_per_row
 
+    @property
+    def value_cost(self) -> float:
+        """Denoiser evaluations of `scored` for who takes the prediction along, which then costs nothing more."""
+        if self.value is None:
+            return 0.0
+        return self.value.evaluations_per_row - self.value.reads_prediction * self.denoiser.evaluations_per_row
+
     def values(self, x: Tensor, level: int, rows: Tensor) -> Tensor:
         """Checked scores [R], float64, of latents at a level; see `scored`."""
         return self.scored(x, level, rows)[0]
@@ -101,7 +108,7 @@ class Problem:
         prompts = [self.denoiser.prompts[r] for r in rows.tolist()]
         if reward is None:
             scores = self.values(x0, self.denoiser.steps, rows)
-            if self.watch is not None:
+            if self.watch is not None and self.ledger.affords(decodes=len(x0) + self.count):
                 self.watch.see(self.denoiser.decode(x0, rows), prompts, rows, scores)
             return scores
         self.ledger.reward_calls += len(x0)
@@ -149,12 +156,11 @@ class Problem:
     def affordable(self, count: int, scores: int, extra: float = 0.0) -> int:
         """How many whole trajectories, of at most `count`, the budget reaches for.
 
-        Each makes `scores` value calls and spends `extra` denoiser evaluations besides.
+        Each makes `scores` value calls, whose predictions it takes along, and spends `extra` denoiser evaluations besides.
         """
         denoiser, value, budget = self.denoiser, self.value, self.ledger.budget
         calls = self.final_calls + (0 if value is None else scores * value.reward_calls_per_row)
-        judged = 0.0 if value is None else scores * value.evaluations_per_row
-        each = denoiser.steps * denoiser.evaluations_per_row + self.final_cost + judged + extra
+        each = denoiser.steps * denoiser.evaluations_per_row + self.final_cost + scores * self.value_cost + extra
         affordable = count
         for cap, cost, fixed in (
             (budget.evaluations, each, 0),

@@ -132,7 +132,8 @@ class FKSteering:
                         gamma = self._temper(group, scores, gamma, target / schedule.steps)
                         self._weigh(group, gamma[:, None] * scores / self.temperature)
                         moved = group.resample(target, self.resampling, self.threshold, trace)
-                        known = known.pick(moved) if known is not None and moved is not None else known
+                        if moved is not None:
+                            estimate, known = estimate[moved], None if known is None else known.pick(moved)
                         trace["levels"][-1]["scores"] = scores.tolist()
                     problem.report(level, estimate, scores)
                 rewards = problem.final_rewards(group.latents, group.rows)

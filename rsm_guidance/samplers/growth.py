@@ -5,13 +5,16 @@ node's transition is computed once and serves all its children.
 """
 
 import math
+import os
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from rsm_guidance.core.forest import Forest
@@ -20,6 +23,7 @@ from rsm_guidance.core.schedule import NoiseSchedule, Prediction
 from rsm_guidance.core.selection import Widening
 from rsm_guidance.core.transitions import Gaussian, Transition
 from rsm_guidance.core.tree import Tree
+from rsm_guidance.rewards import name_of
 from rsm_guidance.samplers.base import Interrupted, Problem, SamplerOutput, check_deadline, finished, interruptible
 
 if TYPE_CHECKING:
@@ -80,6 +84,8 @@ class Growth:
         path = None if config.tree_file is None else Path(config.tree_file)
         if path is not None and path.exists():
             self._resume(path)
+        elif path is not None and not os.access(path.parent, os.W_OK):
+            raise ValueError(f"the tree file {path} cannot be written: its folder is missing or not yours to write in")
         size, saved = [len(tree.leaves) for tree in self.forest.trees], time.monotonic()
         try:
             active = list(range(self.problem.count))
@@ -95,7 +101,12 @@ class Growth:
         """Write the trees if they have grown beyond a size; returns their size."""
         grown = [len(tree.leaves) for tree in self.forest.trees]
         if self.judging and grown != size:
-            self.forest.save(path, self._identity())
+            try:
+                self.forest.save(path, self._identity())
+            except (OSError, SafetensorError) as error:  # the images are worth more than the trees
+                warnings.warn(
+                    f"the tree file {path} cannot be written, and these trees will be lost: {error}", stacklevel=2
+                )
         return grown
 
     def _batch(self, active: list[int]) -> list[int]:
@@ -170,10 +181,9 @@ class Growth:
         level, value, budget = tree.level[first], problem.value, problem.ledger.budget
         self.per_level = max(self.per_level, problem.denoiser.evaluations_per_row)
         priors = sum(map(self._has_prior, range(level, self.steps))) if number else 0
-        judged = 0.0 if value is None else priors * value.evaluations_per_row
         calls = problem.final_calls + (0 if value is None else priors * value.reward_calls_per_row)
         evaluations, total = self.spent[row]
-        evaluations += (self.steps - level) * self.per_level + problem.final_cost + judged
+        evaluations += (self.steps - level) * self.per_level + problem.final_cost + priors * problem.value_cost
         total += calls
         caps = (
             (budget.evaluations, evaluations),
@@ -252,15 +262,17 @@ class Growth:
                     active += joining
                 assert x is not None
                 rows = torch.tensor([job.row for job in active])
+                known: Prediction | None = None
                 if self._has_prior(level) and not first:
-                    said = problem.values(x, level, rows) / self.config.temperature
+                    said, known = problem.scored(x, level, rows)
+                    said = said / self.config.temperature
                     for job, prior in zip(active, said.tolist(), strict=True):
                         self.forest.trees[job.row].prior[job.nodes[level - job.start]] = prior
                 if level == self.steps:
                     break
                 if level:
                     check_deadline(problem)
-                prediction = denoiser.predict(x, level, rows)
+                prediction = known or denoiser.predict(x, level, rows)
                 self.per_level = max(self.per_level, denoiser.evaluations_per_row)
                 gaussian = self.config.transition(prediction, self.schedule, level, level + 1)
                 self._store(active, gaussian, level)
@@ -341,7 +353,7 @@ class Growth:
         problem, config = self.problem, self.config
         schedule = {n: getattr(self.schedule, n).tolist() for n in ("alpha", "sigma", "timesteps")}
         judges = {
-            n: None if j is None else type(j).__name__
+            n: None if j is None else f"{name_of(j)} {getattr(j, 'estimator', '')}".strip()
             for n, j in (("reward", problem.reward), ("value", problem.value))
         }
         return {
@@ -354,7 +366,10 @@ class Growth:
         }
 
     def _resume(self, path: Path) -> None:
-        """Continue the trees of a file, after one denoiser evaluation that proves that it is of this model."""
+        """Continue the trees of a file.
+
+        One denoiser evaluation proves that it is of this model, and one finished latent per prompt that it is of this judge.
+        """
         random = [True, *(std > 0 for std in self.stds)]
         self.forest = Forest.load(path, self._identity(), random, self.rules, self.config.temperature)
         with interruptible(self.problem):
@@ -371,6 +386,27 @@ class Growth:
                 f"the tree file {path} was grown with another model: this one answers differently to the same noise. "
                 "Use the model it was grown with, or another tree_file"
             )
+        self._prove_judge(path)
+
+    def _prove_judge(self, path: Path) -> None:
+        """Raise a ValueError if stored leaves do not get their rewards again."""
+        problem, forest = self.problem, self.forest
+        if not all(forest.clean):
+            return
+        leaves = [next(iter(store)) for store in forest.clean]
+        latents = torch.stack([store[leaf] for store, leaf in zip(forest.clean, leaves, strict=True)])
+        with interruptible(problem), torch.no_grad():
+            said = problem.final_rewards(latents.to(self.first.device), problem.rows)
+        if said is None:
+            return
+        self.spent = [(e + problem.final_cost, c + problem.final_calls) for e, c in self.spent]
+        for row, leaf in enumerate(leaves):
+            before, now = forest.rewards[row][forest.trees[row].leaves.index(leaf)], float(said[row])
+            if abs(now - before) > 0.02 * (_spread(forest.rewards[row]) + abs(before)):
+                raise ValueError(
+                    f"the tree file {path} was grown with another reward: a leaf of prompt {row} had {before:.4g} and now has "
+                    f"{now:.4g}. Use the reward it was grown with, or another tree_file"
+                )
 
 
 def _std(transition: Transition, schedule: NoiseSchedule, level: int) -> float:

@@ -13,6 +13,7 @@ Rewards are standardised per prompt unless `standardize` is off (ours: `temperat
 whatever the reward's units).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -81,13 +82,19 @@ class Lidar:
             problem.require_judge(self.name)
         problem.require_budget()
         schedule, trace = problem.denoiser.schedule, new_trace(self, problem)
-        x, estimate = problem.initial(0), None
+        x = problem.initial(0)
+        estimate: Tensor | None = None
         samples = weights = None
+
+        def note(x0: Tensor) -> None:
+            nonlocal estimate
+            estimate = x0[: problem.count]
+
         try:
             with interruptible(problem):
                 k = self._affordable(problem)
                 if k > 1:
-                    samples, rewards = self._look(problem, k)
+                    samples, rewards = self._look(problem, k, note)
                     trace["lookahead"] = {"rewards": rewards.tolist()}
                     weights = (rewards - rewards.mean(1, keepdim=True)) / self.temperature
                     if self.standardize:
@@ -110,14 +117,15 @@ class Lidar:
         sigma = problem.denoiser.schedule.sigma
         return self.strength > 0 and self.window[0] <= float(sigma[level] / sigma[0]) <= self.window[1]
 
-    def _look(self, problem: Problem, k: int) -> tuple[Tensor, Tensor]:
-        """Lookahead samples [B, K, ...] and their rewards float64 [B, K]."""
+    def _look(self, problem: Problem, k: int, note: Callable[[Tensor], None]) -> tuple[Tensor, Tensor]:
+        """Lookahead samples [B, K, ...] and their rewards float64 [B, K]; `note` is told of estimates on the way."""
         schedule, rows = problem.denoiser.schedule, problem.rows.repeat(k)
         stops = torch.linspace(0, schedule.steps, min(self.lookahead_steps, schedule.steps) + 1).round().long().tolist()
         x = torch.cat([problem.initial(c + 1) for c in range(k)])
         for level, target in zip(stops[:-1], stops[1:], strict=True):
             check_deadline(problem)
             prediction = problem.denoiser.predict(x, level, rows)
+            note(prediction.x0)
             x = prediction.x0 if target == schedule.steps else ode(prediction, schedule, level, target).mean
         rewards = problem.final_rewards(x, rows)
         assert rewards is not None

@@ -20,6 +20,7 @@ input image (ours); pCNL takes starts to be centred.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -38,7 +39,6 @@ from rsm_guidance.samplers.base import (
 from rsm_guidance.samplers.gradients import gradient_cost, value_and_gradient
 from rsm_guidance.samplers.noise_search import neighbours
 from rsm_guidance.samplers.particles import Particles
-from rsm_guidance.samplers.rollout import Unguided
 from rsm_guidance.samplers.smc import TwistedSMC
 
 
@@ -85,13 +85,18 @@ class CrankNicolson:
         states = self.chains * (1 + self.moves(count))
         return states * each, states * value.reward_calls_per_row
 
-    def draw(self, problem: Problem, count: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Starting latents [count * B, ...], particle-major, their values [B, count] and the share of moves taken [B]."""
+    def draw(
+        self, problem: Problem, count: int, temperature: float, note: Callable[[Tensor], None] = lambda x0: None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Starting latents [count * B, ...], particle-major, their values [B, count] and the share of moves taken [B].
+
+        `note` is told of the clean latents that values are made of, where they are.
+        """
         chains = list(range(self.chains))
         starts = [problem.initial(c) for c in chains]
         x = starts[0] if len(starts) == 1 else torch.cat(starts)
         scale = math.hypot(*problem.denoiser.schedule.coefficients(0))
-        values, slope = self._value(problem, x, temperature)
+        values, slope = self._value(problem, x, temperature, note)
         kept: list[tuple[Tensor, Tensor]] = []
         taken = torch.zeros(len(x), dtype=torch.float64)
         for move in range(self.moves(count)):
@@ -100,7 +105,7 @@ class CrankNicolson:
             fresh = [neighbours(problem, per_chain[c], self.rho, "move", c, move) for c in chains]
             push = self._push(scale)
             proposal = torch.cat(fresh) + (push * slope).to(x)
-            there, slope_there = self._value(problem, proposal, temperature)
+            there, slope_there = self._value(problem, proposal, temperature, note)
             log_ratio = (there - values) / temperature
             if self.gradient:
                 log_ratio = log_ratio + self._correction(x, proposal, slope, slope_there, scale)
@@ -116,12 +121,18 @@ class CrankNicolson:
         share = taken.view(self.chains, problem.count).mean(0) / self.moves(count)
         return latents, table, share
 
-    def _value(self, problem: Problem, x: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def _value(
+        self, problem: Problem, x: Tensor, temperature: float, note: Callable[[Tensor], None]
+    ) -> tuple[Tensor, Tensor]:
         """Values [R] of starts and the gradient of V / lambda, float64 [R, ...] (zeros without)."""
         rows = problem.rows.repeat(len(x) // problem.count)
         if not self.gradient:
-            return problem.values(x, 0, rows), torch.zeros_like(x, dtype=torch.float64)
-        _, values, gradient = value_and_gradient(problem, x, 0, rows, self.jacobian)
+            values, known = problem.scored(x, 0, rows)
+            if known is not None:
+                note(known.x0)
+            return values, torch.zeros_like(x, dtype=torch.float64)
+        prediction, values, gradient = value_and_gradient(problem, x, 0, rows, self.jacobian)
+        note(prediction.x0)
         return values, gradient.nan_to_num(0.0, 0.0, 0.0).double() / temperature
 
     def _push(self, scale: float) -> float:
@@ -197,39 +208,36 @@ class PsiSampler:
         evaluations at each level; with `gradient` a backward pass for each of these.
 
         A budget lowers K, and without means for a chain the run is unguided.  At the deadline or on Ctrl-C the estimate of
-        the heaviest particle is returned.
+        the heaviest particle is returned, during the chain its first state's, if there is one (none with a DRM alone).
         """
         if problem.value is None:
             raise ValueError("the sampler 'psi' scores noisy latents: pass a diffusion reward model, or a reward")
         problem.require_budget()
         trace = new_trace(self, problem)
-        k = next((k for k in range(self.particles, 0, -1) if problem.affords(*self._cost(problem, k))), 0)
+        smc = self._smc()
+        k = next((k for k in range(self.particles, 0, -1) if problem.affords(*self._cost(problem, smc, k))), 0)
         if k == 0:
-            output = Unguided(self.transition).sample(problem)
-            output.trace["sampler"] = trace["sampler"]
-            return output
-        output = self._smc().steer(problem, lambda: self._start(problem, k, trace), trace, self.gradient)
+            return smc.unguided(problem, trace)
+        output = smc.steer(problem, lambda note: self._start(problem, k, trace, note), trace, self.gradient)
         if self.initial is not None:
             output.log_normalizer = None
         return output
 
-    def _start(self, problem: Problem, k: int, trace: dict[str, object]) -> Particles:
+    def _start(self, problem: Problem, k: int, trace: dict[str, object], note: Callable[[Tensor], None]) -> Particles:
         if self.initial is None:
             starts = [problem.initial(c) for c in range(k)]
             latents, values = torch.cat(starts), torch.zeros(problem.count, k, dtype=torch.float64)
         else:
-            latents, values, share = self.initial.draw(problem, k, self.temperature)
+            latents, values, share = self.initial.draw(problem, k, self.temperature, note)
             trace["chain"] = {"values": values.tolist(), "accepted": share.tolist()}
         group = Particles(problem, k, latents)
         group.carried = {"twist": values / self.temperature}
         return group
 
-    def _cost(self, problem: Problem, k: int) -> tuple[float, int]:
+    def _cost(self, problem: Problem, smc: TwistedSMC, k: int) -> tuple[float, int]:
         """Denoiser evaluations and reward calls over all images."""
-        denoiser, value = problem.denoiser, problem.value
-        assert value is not None
-        evaluations, calls = self.initial.cost(problem, k) if self.initial is not None else (0.0, 0)
-        judge = gradient_cost(problem, self.jacobian) if self.gradient else value.evaluations_per_row
-        evaluations += k * (denoiser.steps * (denoiser.evaluations_per_row + judge) + problem.final_cost)
-        calls += k * (denoiser.steps * value.reward_calls_per_row + problem.final_calls)
-        return evaluations * problem.count, calls * problem.count
+        evaluations, calls = smc.cost(problem, k, self.gradient)
+        if self.initial is not None:
+            own = self.initial.cost(problem, k)
+            evaluations, calls = evaluations + own[0] * problem.count, calls + own[1] * problem.count
+        return evaluations, calls

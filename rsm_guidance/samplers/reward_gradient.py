@@ -122,9 +122,8 @@ class RewardGradient:
                 for level in range(schedule.steps):
                     check_deadline(problem)
                     guides = self._guides(schedule, level)
-                    repeats = self.recurrence if guides else 1
                     scores: Tensor | None = None
-                    for repeat in range(repeats):
+                    for repeat in range(self.recurrence):
                         if guides and self._affordable(problem, level, len(slots)):
                             prediction, scores, gradient = value_and_gradient(problem, x, level, rows, self.jacobian)
                             lost = gradient.flatten(1).isnan().any(1)
@@ -134,8 +133,13 @@ class RewardGradient:
                             prediction, gradient = problem.denoiser.predict(x, level, rows), torch.zeros_like(x)
                         estimate = prediction.x0
                         x = self._push(problem, prediction, gradient, strength, level, repeat, slots)
-                        if repeat + 1 < repeats:
-                            x = self._back(problem, x, level, repeat, slots)
+                        if (
+                            not guides
+                            or repeat + 1 == self.recurrence
+                            or not self._affordable(problem, level, len(slots))
+                        ):
+                            break
+                        x = self._back(problem, x, level, repeat, slots)
                     if scores is not None:
                         by_row = scores.view(len(slots), problem.count).T
                         entry = {"level": level, "scores": by_row.tolist(), "chosen": [0] * problem.count}
@@ -159,15 +163,15 @@ class RewardGradient:
             return self.trajectories
         schedule, each = problem.denoiser.schedule, problem.denoiser.evaluations_per_row
         levels = sum(self._guides(schedule, level) for level in range(schedule.steps))
-        own = gradient_cost(problem, self.jacobian) - problem.value.evaluations_per_row
+        own = gradient_cost(problem, self.jacobian) - problem.value_cost
         guided, repeated = levels * self.recurrence, levels * (self.recurrence - 1)
         return problem.affordable(self.trajectories, guided, guided * own + repeated * each)
 
     def _affordable(self, problem: Problem, level: int, runs: int) -> bool:
         denoiser, value = problem.denoiser, problem.value
         assert value is not None
-        extra = gradient_cost(problem, self.jacobian) + (denoiser.evaluations_per_row if self.recurrence > 1 else 0.0)
-        rest = (denoiser.steps - level) * denoiser.evaluations_per_row + problem.final_cost + extra
+        rest = (denoiser.steps - level) * denoiser.evaluations_per_row + problem.final_cost
+        rest += gradient_cost(problem, self.jacobian)
         calls = value.reward_calls_per_row + problem.final_calls
         return problem.affords(rest * problem.count * runs, calls * problem.count * runs)
 

@@ -31,6 +31,7 @@ from rsm_guidance.samplers.base import (
 )
 from rsm_guidance.samplers.gradients import gradient_cost, value_and_gradient
 from rsm_guidance.samplers.particles import Particles, conclude
+from rsm_guidance.samplers.rollout import Unguided
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class TwistedSMC:
     def sample(self, problem: Problem) -> SamplerOutput:
         """Cost per image: K times an unguided sample, and at each level K value evaluations with a backward pass.
 
-        A budget lowers K.  At the deadline or on Ctrl-C the estimate of the heaviest particle is returned.
+        A budget lowers K, and where it does not reach for one particle the run is unguided.  At the deadline or on Ctrl-C the estimate of the heaviest particle is returned.
         """
         if problem.value is None:
             raise ValueError(
@@ -90,11 +91,12 @@ class TwistedSMC:
             )
         problem.require_budget()
         problem.denoiser.checkpointing = self.checkpoint
-        steps, trace = problem.denoiser.schedule.steps, new_trace(self, problem)
-        own = gradient_cost(problem, self.jacobian) - problem.value.evaluations_per_row  # besides the value call itself
-        k = problem.affordable(self.particles, steps, steps * own)
+        trace = new_trace(self, problem)
+        k = next((k for k in range(self.particles, 0, -1) if problem.affords(*self.cost(problem, k))), 0)
+        if k == 0:
+            return self.unguided(problem, trace)
 
-        def start() -> Particles:
+        def start(note: Callable[[Tensor], None]) -> Particles:
             starts = [problem.initial(c) for c in range(k)]
             group = Particles(problem, k, starts[0] if k == 1 else torch.cat(starts))
             group.carried = {"twist": torch.zeros(problem.count, k, dtype=torch.float64)}
@@ -102,34 +104,64 @@ class TwistedSMC:
 
         return self.steer(problem, start, trace)
 
+    def cost(self, problem: Problem, k: int, gradient: bool = True) -> tuple[float, int]:
+        """Denoiser evaluations and reward calls, over all images, of k particles."""
+        denoiser, value = problem.denoiser, problem.value
+        assert value is not None
+        judge = gradient_cost(problem, self.jacobian) if gradient else problem.value_cost
+        evaluations = k * (denoiser.steps * (denoiser.evaluations_per_row + judge) + problem.final_cost)
+        calls = k * (denoiser.steps * value.reward_calls_per_row + problem.final_calls)
+        return evaluations * problem.count, calls * problem.count
+
+    def unguided(self, problem: Problem, trace: dict[str, Any]) -> SamplerOutput:
+        """The run where the budget does not reach for one particle."""
+        output = Unguided(self.transition).sample(problem)
+        output.trace["sampler"] = trace["sampler"]
+        return output
+
     def steer(
-        self, problem: Problem, start: Callable[[], Particles], trace: dict[str, Any], gradient: bool = True
+        self,
+        problem: Problem,
+        start: Callable[[Callable[[Tensor], None]], Particles],
+        trace: dict[str, Any],
+        gradient: bool = True,
     ) -> SamplerOutput:
         """Carry particles from pure noise to the end; without `gradient` they propose as the base model does.
 
-        The group that `start` makes carries the twist [B, K] that its weights contain.
+        The group that `start` makes carries the twist [B, K] that its weights contain; it may note an estimate of the clean
+        latents [B, ...] on the way, should it be cut off.
         """
-        schedule, estimate, group = problem.denoiser.schedule, None, None
+        schedule = problem.denoiser.schedule
+        estimate: Tensor | None = None
+        group: Particles | None = None
+
+        def note(x0: Tensor) -> None:
+            nonlocal estimate
+            estimate = x0[: problem.count]
+
         try:
             with interruptible(problem):
-                group = start()
+                group = start(note)
                 for level in range(schedule.steps):
                     check_deadline(problem)
                     prediction, values, slope = self._judged(problem, group, level, gradient)
-                    estimate, scores = prediction.x0, group.table(values)
+                    scores = group.table(values)
                     scale = (level / schedule.steps) ** self.power / self.temperature
                     self._twist(group, scale * scores)
                     moved = group.resample(level, self.resampling, self.threshold, trace)
                     trace["levels"][-1]["scores"] = scores.tolist()
                     if moved is not None:
                         prediction, slope = prediction.pick(moved), slope[moved]
+                    estimate = prediction.x0
                     gaussian = self.transition(prediction, schedule, level, level + 1)
                     self._propose(problem, group, gaussian, scale * slope, level)
                     problem.report(level, estimate, scores)
                 rewards = problem.final_rewards(group.latents, group.rows)
         except Interrupted:
-            if estimate is None or group is None:
+            if estimate is None:
                 raise
+            if group is None:
+                return finished(problem, estimate, trace)
             group.latents = estimate
             return finished(problem, group.pick(group.log_weights.argmax(1)[:, None]), trace)
         assert rewards is not None

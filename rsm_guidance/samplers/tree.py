@@ -16,7 +16,7 @@ hardly ever visited again and keeps its low value, while a lucky one is averaged
 "proportional" (the child whose visits lag most behind) keep it, lessened by `caution`, a standard error on top of values.
 The guard is "restarts", the default: simulations start anew, a fixed share of them, or at a branch node of an earlier one
 drawn with a chance P_j that follows the values, and weigh w_j / (m P_j), so that weighted leaves are samples of p, whatever
-the tree looks like: exp(log_normalizer) is unbiased for Z at every budget, and all weights are positive and bounded
+the tree looks like: exp(log_normalizer) is unbiased for Z at every number of simulations, and all weights are positive and bounded
 (`Tree.restarts`).  What is returned is drawn by weight times exp(r / lambda).
 
 `samplers/growth.py` says how simulations run together: `batch` changes which tree grows, the other prompts of a call do

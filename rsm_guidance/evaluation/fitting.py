@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rsm_guidance.core.ledger import Ledger
+from rsm_guidance.core.ledger import Budget, Ledger
 from rsm_guidance.core.mixture import GaussianMixture, GaussianMixtureDenoiser
 from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.core.schedule import NoiseSchedule, Prediction
@@ -87,9 +87,9 @@ class _ToyValue:
         return -x.square().sum(1)
 
 
-def cost(sampler: Sampler, costs: Costs) -> float:
-    """Denoiser evaluations of one image: those of a dry run."""
-    ledger = Ledger()
+def dry_run(sampler: Sampler, costs: Costs, budget: Budget | None = None) -> Ledger:
+    """What making one image spends, found by making it with a toy model of the same costs."""
+    ledger = Ledger(budget or Budget())
     denoiser = _ToyDenoiser(costs, ledger)
     problem = Problem(
         denoiser,
@@ -100,7 +100,12 @@ def cost(sampler: Sampler, costs: Costs) -> float:
     )
     with torch.no_grad():
         sampler.sample(problem)
-    return ledger.evaluations
+    return ledger
+
+
+def cost(sampler: Sampler, costs: Costs) -> float:
+    """Denoiser evaluations of one image: those of a dry run."""
+    return dry_run(sampler, costs).evaluations
 
 
 def fit_to_budget(sampler: Sampler, budget: float, costs: Costs) -> Sampler:

@@ -149,7 +149,12 @@ def test_impossible_training_settings_are_refused(capsys: pytest.CaptureFixture[
 
 
 def test_prompt_files_that_hold_nothing_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, content in (("a.txt", b"\n\n"), ("b.txt", b"\xff\xfe\x00"), ("c.jsonl", b'{"text": "a star"}\n')):
+    for name, content in (
+        ("a.txt", b"\n\n"),
+        ("b.txt", b"\xff\xfe\x00"),
+        ("c.jsonl", b'{"text": "a star"}\n'),
+        ("d.jsonl", b'{"prompt": null}\n'),
+    ):
         path = tmp_path / name
         path.write_bytes(content)
         assert str(path) in fails(capsys, ["evaluate", "--prompts", str(path), "--json", str(tmp_path / "x.json")])

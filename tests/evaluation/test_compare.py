@@ -81,6 +81,18 @@ def test_an_interrupted_comparison_goes_on_without_redoing_what_is_done(
     assert len(calls) == 14, "another seed is another comparison"
 
 
+def test_copies_of_a_prompt_differ_across_chunks(
+    guided: DiffusionPipeline, drm: rg.DiffusionRewardModel, tmp_path: Path
+) -> None:
+    config = replace(
+        comparison(tmp_path), prompts=["a red star"] * 5, samplers={"none": parse_sampler("none")}, pairs=0
+    )
+    report = compare(config, guided, Generation(3, 3.0), drm)
+    assert len(set(report["runs"]["none"]["rewards"])) == 5
+    assert report["runs"]["none"]["diversity"] is None
+    assert "| none |" in (tmp_path / "report.md").read_text()
+
+
 @pytest.mark.slow
 def test_processes_share_the_work(tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"

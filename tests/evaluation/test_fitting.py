@@ -6,8 +6,9 @@ import pytest
 from diffusers import DiffusionPipeline
 
 import rsm_guidance as rg
+from rsm_guidance.core.ledger import Budget
 from rsm_guidance.core.schedule import NoiseSchedule
-from rsm_guidance.evaluation.fitting import Costs, cost, fit_to_budget
+from rsm_guidance.evaluation.fitting import Costs, cost, dry_run, fit_to_budget
 from rsm_guidance.evaluation.generate import Generation, costs_of
 from rsm_guidance.samplers import SAMPLERS, Sampler, make_sampler, parse_sampler
 
@@ -54,6 +55,39 @@ def test_the_fitted_sampler_is_the_largest_that_the_budget_pays_for(name: str, c
             assert cost(larger, costs) > budget
 
 
+OPTIONS = [
+    *SAMPLERS, "reward-gradient:recurrence=3", "reward-gradient:recurrence=2:trajectories=3", "reward-gradient:jacobian=false",
+    "smc:jacobian=false", "psi:initial=null", "psi:gradient=true", "tree-search:prior=value", "tree-sampling:prior=value",
+    "stepwise:trajectories=3", "noise-search:mode=paths", "noise-optimization:gradient=zeroth-order", "fk-steering:interval=1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("costs", [DRM, FUNCTION], ids=["drm", "function"])
+@pytest.mark.parametrize("text", OPTIONS)
+def test_no_sampler_spends_more_than_its_budget(text: str, costs: Costs) -> None:
+    sampler, free = parse_sampler(text), dry_run(parse_sampler(text), costs)
+    for share in (0.0, 0.3, 0.7):
+        cap = costs.once + share * max(0.0, free.evaluations - costs.once)
+        assert dry_run(sampler, costs, Budget(evaluations=cap)).evaluations <= cap + 1e-6
+        calls = 1 + int(share * free.reward_calls)
+        assert dry_run(sampler, costs, Budget(reward_calls=calls)).reward_calls <= calls
+        decodes = 2 + int(share * free.decodes)
+        assert dry_run(sampler, costs, Budget(decodes=decodes)).decodes <= decodes
+
+
+@pytest.mark.parametrize("costs", [DRM, FUNCTION], ids=["drm", "function"])
+@pytest.mark.parametrize("text", [t for t in OPTIONS if t not in ADAPTIVE])
+def test_what_was_fitted_to_a_budget_is_not_cut_by_it(text: str, costs: Costs) -> None:
+    try:
+        fitted = fit_to_budget(parse_sampler(text), 120.0, costs)
+    except ValueError as error:
+        assert "at its smallest" in str(error)
+        return
+    free, capped = dry_run(fitted, costs), dry_run(fitted, costs, Budget(evaluations=120.0))
+    assert capped.evaluations == pytest.approx(free.evaluations)
+    assert capped.stopped is None
+
+
 def test_budgets_that_pay_for_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match="less than the 12.6667 of one image"):
         fit_to_budget(make_sampler("stepwise"), 5, DRM)
@@ -68,7 +102,13 @@ def test_samplers_are_read_from_text() -> None:
     for text, words in (
         ("step", "unknown sampler"),
         ("stepwise:candidates", "sets nothing"),
-        ("stepwise:candidates=many", "cannot take"),
+        ("stepwise:candidates=many", "cannot take candidates='many': it must be a whole number"),
+        ("best-of-n:candidates=1.5", "cannot take candidates=1.5: it must be a whole number"),
+        ("fk-steering:particles=.inf", "must be a whole number"),
+        ("psi:initial=abc", "must be a CrankNicolson or null"),
+        ("tree-search:tree_file=5", "must be a text or null"),
+        ("reward-gradient:window=[0, 1, 2]", r"must be \[a number, a number\]"),
+        ("reward-gradient:jacobian=abc", "must be true or false"),
         ("stepwise:particles=3", "has no option"),
         ("none:transition=cps x", "cannot read the transition"),
         ("none:transition=walk", "unknown transition"),

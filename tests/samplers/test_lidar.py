@@ -4,8 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from rsm_guidance.core.mixture import tilt
+from rsm_guidance.core.schedule import Prediction
 from rsm_guidance.core.transitions import Transition
 from rsm_guidance.samplers import Lidar, Unguided
 from tests.samplers.cases import ANCESTRAL, CASES, SCHEDULES, SHORT, problem
@@ -43,6 +45,22 @@ def test_the_units_of_the_reward_do_not_matter_and_rows_are_independent() -> Non
     assert torch.allclose(Lidar(transition=ANCESTRAL).sample(task).latents, reference, atol=1e-5)
     alone = Lidar(transition=ANCESTRAL).sample(problem("ring", SHORT, 1)).latents
     assert torch.allclose(alone[0], reference[0])
+
+
+def test_a_run_cut_off_while_looking_ahead_returns_its_estimate() -> None:
+    task = problem("ring", SHORT, 3)
+    predict, calls = task.denoiser.predict, []
+
+    def interrupted(x: Tensor, level: int, rows: Tensor | None = None) -> Prediction:
+        calls.append(level)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return predict(x, level, rows)
+
+    object.__setattr__(task.denoiser, "predict", interrupted)
+    output = Lidar(4).sample(task)
+    assert output.ledger.stopped == "interrupted" and "lookahead" not in output.trace
+    assert output.latents.shape == (3, 2) and output.latents.isfinite().all()
 
 
 def test_budget_interruption_and_bad_input() -> None:

@@ -1,5 +1,6 @@
 """Sequential Monte Carlo against the exact tilted posterior of Gaussian mixtures, and the published bugs it avoids."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -226,6 +227,28 @@ def test_the_last_step_weighs_and_every_prompt_gets_its_sample() -> None:
     assert output.latents.shape == (9, 2) and not output.trace["levels"]
     weights = torch.tensor(output.trace["candidates"]["log_weights"])
     assert (weights.std(1) > 0.1).all(), "particles that were never resampled still count by their rewards"
+
+
+@pytest.mark.parametrize("sampler", [partial(FKSteering, interval=1), TwistedSMC], ids=["fk-steering", "smc"])
+def test_an_interrupted_run_returns_a_particle_that_survived(sampler: Any) -> None:
+    task = problem("ring", SHORT, 40, exact=True)
+    predict, seen = task.denoiser.predict, []
+
+    def recorded(x: Tensor, level: int, rows: Tensor | None = None) -> Prediction:
+        seen.append(predict(x, level, rows))
+        return seen[-1]
+
+    def interrupt(progress: Any) -> None:
+        if progress.level == 5:
+            raise KeyboardInterrupt
+
+    object.__setattr__(task.denoiser, "predict", recorded)
+    task.progress = interrupt
+    output = sampler(4, temperature=0.1, transition=ANCESTRAL, threshold=1.0).sample(task)
+    ancestors = output.trace["levels"][-1]["ancestors"]
+    assert any(len(set(row)) < 4 for row in ancestors), "some died"
+    for b, survivors in enumerate(ancestors):
+        assert any(torch.equal(output.latents[b], seen[-1].x0[a * 40 + b]) for a in survivors)
 
 
 def test_budgets_interruptions_and_bad_input() -> None:

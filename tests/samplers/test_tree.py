@@ -268,6 +268,19 @@ def test_a_killed_tree_goes_on_from_its_last_saving(tmp_path: Path, monkeypatch:
     same(TreeSampling(30, transition=A, tree_file=str(path)).sample(problem()), whole)
 
 
+def test_a_tree_file_that_cannot_be_written_costs_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="its folder is missing"):
+        TreeSearch(6, transition=A, tree_file=str(tmp_path / "none" / "t.safetensors")).sample(problem())
+
+    def full(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Forest, "save", full)
+    with pytest.warns(UserWarning, match="no space left"):
+        output = TreeSearch(6, transition=A, tree_file=str(tmp_path / "t.safetensors")).sample(problem())
+    same(output, TreeSearch(6, transition=A).sample(problem()))
+
+
 def test_files_of_other_runs_and_damaged_ones_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "tree.safetensors"
     base = {"transition": A, "tree_file": str(path)}
@@ -290,6 +303,10 @@ def test_files_of_other_runs_and_damaged_ones_are_refused(tmp_path: Path) -> Non
     task.denoiser.mixture = GaussianMixture.from_weights([0.5, 0.5], [[-3.0], [1.0]], 0.25)  # type: ignore[attr-defined]
     task.denoiser.initial = problem().denoiser.initial  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="grown with another model"):
+        TreeSampling(6, **base).sample(task)  # type: ignore[arg-type]
+    task = problem()
+    task.reward = lambda x, prompts: 2 * problem().reward(x, prompts)  # type: ignore[misc]
+    with pytest.raises(ValueError, match="grown with another reward: a leaf of prompt 0 had"):
         TreeSampling(6, **base).sample(task)  # type: ignore[arg-type]
     good = path.read_bytes()
     for bad in (good[: len(good) // 2], b"", b"nonsense" * 40):

@@ -251,13 +251,14 @@ def _found(path: Path, settings: dict[str, int]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class _Point:
-    """Mean absolute error over cases and schedules at a number of particles, and the largest deviation from the chain.
+    """Mean absolute error over cases and schedules at a number of particles, from the exact values and from the chain's.
 
-    The deviation is in standard errors of the difference.
+    `deviation` is the largest of the latter in standard errors.
     """
 
     particles: int
     error: float
+    apart: float
     deviation: float
 
 
@@ -270,29 +271,42 @@ def _mean_over_cases(result: dict[str, Any], key: str) -> dict[tuple[str, str], 
         mine = [c for c in cells if (c["sampler"], c["value"]) == (name, kind)]
         for k in sorted({c["particles"] for c in mine}):
             at = [c for c in mine if c["particles"] == k]
-            sizes, deviations = [], []
+            sizes, aparts, deviations = [], [], []
             for cell in at:
                 chain = chains[cell["case"], cell["schedule"]]
                 error = math.hypot(cell[f"{key}_standard_error"], chain[f"{key}_standard_error"])
                 sizes.append(abs(cell[f"{key}_error"]))
-                deviations.append(abs(cell[f"{key}_error"] - chain[f"{key}_error"]) / error)
-            lines.setdefault((name, kind), []).append(_Point(k, float(np.mean(sizes)), max(deviations)))
+                aparts.append(abs(cell[f"{key}_error"] - chain[f"{key}_error"]))
+                deviations.append(aparts[-1] / error)
+            point = _Point(k, float(np.mean(sizes)), float(np.mean(aparts)), max(deviations))
+            lines.setdefault((name, kind), []).append(point)
     return lines
 
 
 def plot(result: dict[str, Any]) -> "Figure":
-    """Mean absolute errors over cases and schedules, against particles."""
+    """Mean absolute errors over cases and schedules against particles, as measured from the discretised chain."""
     from matplotlib.figure import Figure  # takes its time, which other commands need not
 
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    for axis, key, title in zip(figure.subplots(1, 2), ("reward", "log_z"), ("E[r]", "log Z"), strict=True):
-        for i, ((name, kind), points) in enumerate(_mean_over_cases(result, key).items()):
-            style = "-" if kind == "exact" else "--"
-            axis.plot([p.particles for p in points], [p.error for p in points], style, marker="os^Dv"[i % 5], ms=4,
-                      label=name if kind == "none" else f"{name}, {kind} value")  # fmt: skip
+    figure = Figure(figsize=(12.5, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    names = list(_mean_over_cases(result, "reward"))
+    for axis, key, title in zip(axes, ("reward", "log_z"), ("E[r]", "log Z"), strict=True):
+        for (name, kind), points in _mean_over_cases(result, key).items():
+            i = names.index((name, kind))
+            style = {
+                "ls": "--" if kind == "tweedie" else "-",
+                "marker": "os^Dv<>ph*"[i % 10],
+                "color": f"C{i % 10}",
+                "ms": 4,
+            }
+            label = name if kind == "none" else f"{name}, {kind} value"
+            axis.plot([p.particles for p in points], [p.apart for p in points], label=label, **style)
+        sizes = sorted({c["particles"] for c in result["cells"]})
         axis.set(xscale="log", yscale="log", xlabel="particles per prompt", title=f"mean absolute error of {title}")
+        axis.set_xticks(sizes, [str(k) for k in sizes])
+        axis.set_xticks([], minor=True)
         axis.grid(alpha=0.25, which="both")
-        axis.legend(fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     return figure
 
 

@@ -6,7 +6,8 @@ phi_t(x) = gamma_t V(x_t) / lambda and q(x' | x) = N(mu + s^2 grad phi_t(x), s^2
     p(x' | x) / q(x' | x)  exp(phi_{t+1}(x') - phi_t(x)),
 
 and in the end by exp(r(x0) / lambda - phi).  The product targets p(x0) exp(r(x0) / lambda) / Z exactly as K grows, for any
-twist; a good one keeps the weights even.  gamma_t = progress ^ `power` tempers early values.
+twist; a good one keeps the weights even.  gamma_t = progress ^ `power` tempers early values: where these are crude (Tweedie's
+estimate) power 1 keeps the normaliser honest at few particles, power 0 follows them from the start.
 """
 
 from collections.abc import Callable

@@ -279,3 +279,19 @@ def test_bad_input() -> None:
     task.value = task.reward = None
     with pytest.raises(ValueError, match="compares candidates"):
         NoiseOptimization().sample(task)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_one_and_few_step_models(guided: DiffusionPipeline, steps: int) -> None:
+    """ReNO's case: the start alone decides the image."""
+
+    def redness(images: Tensor, prompts: list[str]) -> Tensor:
+        return (images[:, 0] - images[:, 2]).mean((1, 2))
+
+    call: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": 1.0, "seed": 0, "reward": redness}
+    prompts = ["a red star", "two blue circles"]
+    plain = guided(prompts, sampler=Unguided(Transition("ode")), **call)
+    out = guided(prompts, sampler=NoiseOptimization(4), **call)
+    first = [row[0] for row in out.trace["candidates"]["rewards"]]
+    assert first == pytest.approx(plain.rewards, abs=1e-4), "it begins with the unguided image"
+    assert all(after > before + 0.01 for after, before in zip(out.rewards, plain.rewards, strict=True))

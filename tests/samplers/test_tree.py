@@ -5,10 +5,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
+import rsm_guidance as rg
 from rsm_guidance.core.forest import Forest
 from rsm_guidance.core.ledger import Budget, Ledger
 from rsm_guidance.core.mixture import GaussianMixture, GaussianMixtureDenoiser, QuadraticReward
@@ -391,3 +394,29 @@ def test_bad_input() -> None:
     task.value = None
     with pytest.raises(ValueError, match="prior='value' needs"):
         TreeSearch(4, transition=A, prior="value").sample(task)
+
+
+def test_a_tree_grown_through_a_pipeline_is_resumed(
+    guided: DiffusionPipeline, drm: rg.DiffusionRewardModel, tmp_path: Path
+) -> None:
+    path = tmp_path / "tree.safetensors"
+    call: dict[str, Any] = {
+        "prompt": ["a red star", "two blue circles"],
+        "num_inference_steps": 4,
+        "guidance_scale": 3.0,
+    }
+
+    def grown(simulations: int, file: str | None, **extra: Any) -> Any:
+        sampler = TreeSearch(simulations, batch=2, tree_file=file)
+        return guided(**(call | extra), sampler=sampler, reward=drm, seed=1, output_type="np")
+
+    whole, part = grown(9, None), grown(4, str(path))
+    resumed = grown(9, str(path))
+    assert np.abs(resumed.images - whole.images).max() <= 1 / 255 + 1e-6
+    assert resumed.rewards == pytest.approx(whole.rewards, abs=1e-3)
+    assert resumed.ledger.denoiser_evaluations < whole.ledger.denoiser_evaluations
+    assert part.ledger.denoiser_evaluations < whole.ledger.denoiser_evaluations
+    with pytest.raises(ValueError, match="its prompts was"):
+        grown(9, str(path), prompt=["a red star", "two green circles"])
+    with pytest.raises(ValueError, match="its judges"):
+        guided(**call, sampler=TreeSearch(9, batch=2, tree_file=str(path)), reward="shapes-verifier", seed=1)

@@ -5,13 +5,15 @@ cd "$(dirname "$0")/.."
 case "${1:-}" in
   drm)
     samplers="none:transition=cps 0.9,none:transition=ode,best-of-n:transition=cps 0.9,stepwise,stepwise:trajectories=2"
-    samplers+=",svdd:block=2,rbf,funnel,fk-steering,smc:temperature=0.1,reward-gradient"
+    samplers+=",svdd:block=2,rbf,funnel,fk-steering,smc:temperature=0.1"
+    samplers+=",smc:temperature=0.1:transition=cps 0.9,reward-gradient"
     samplers+=",reward-gradient:push=noise:strength=0.4,tree-search,noise-search:mode=paths,backtracking,lidar,noise-search"
-    samplers+=",demon,tree-sampling:temperature=0.1,psi:temperature=0.1,noise-optimization"
+    samplers+=",noise-search:transition=cps 0.9,demon,tree-sampling:temperature=0.1,psi:temperature=0.1,noise-optimization"
     judges=(--guide shapes-drm --monitor shapes-correct,shapes-verifier) ;;
   verifier)
     samplers="none:transition=cps 0.9,best-of-n:transition=cps 0.9,stepwise,funnel,tree-search,fk-steering:temperature=0.1"
     samplers+=",noise-search:mode=paths,backtracking,svdd:block=2,rbf,demon,noise-search,lidar"
+    samplers+=",noise-search:transition=cps 0.9"
     samplers+=",tree-sampling:temperature=0.05,psi:temperature=0.1,noise-optimization:gradient=zeroth-order"
     judges=(--guide shapes-verifier --monitor shapes-correct,shapes-drm) ;;
   *) echo "usage: $0 drm|verifier OUT" >&2; exit 2 ;;

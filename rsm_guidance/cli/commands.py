@@ -123,7 +123,8 @@ class Compare:
     prompts: Path | None = None
     """UTF-8 text with one prompt per line, or JSON lines with a "prompt" field in a .jsonl file."""
     samplers: str = "none,best-of-n,stepwise"
-    """Names, separated by commas, each with options of its own, as in stepwise:trajectories=2; "all" for all."""
+    """Names, separated by commas, each with options of its own, as in stepwise:trajectories=2; "all" for all.  Each steps by
+    its own transition unless --transition or its own options say otherwise."""
     budget: float = 160.0
     """Denoiser evaluations per image; samplers take as many candidates as it pays for."""
     budgets: str | None = None
@@ -133,7 +134,7 @@ class Compare:
     monitor: str | None = None
     """Rewards that no sampler sees, separated by commas, reported beside the guide; the first is in the curves."""
     out: Path = Path("report")
-    """Folder for report.json, curves.png and comparison.png; a comparison found in it goes on."""
+    """Folder for report.json, report.md, curves.png and comparison.png; a comparison found in it goes on."""
     images: int = 4
     """Images of a single prompt."""
     pairs: int = 32

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rsm_guidance.core.ledger import Ledger
 from rsm_guidance.core.schedule import NoiseSchedule, Prediction
-from rsm_guidance.engine.families import denoisers_of, pick_rows, traits_of, why_not
+from rsm_guidance.engine.families import denoisers_of, pick_rows, prompts_of, require_drivable, traits_of
 from rsm_guidance.engine.loop import Done, Pause, Start, Step, StockLoop
 from rsm_guidance.engine.memory import MicroBatch, cast_weights_kept
 from rsm_guidance.engine.replay import Draws, Encoder
@@ -362,56 +362,3 @@ def _joined(x: Tensor, predictions: list[Prediction]) -> Prediction:
         torch.cat([p.eps for p in predictions]),
         torch.cat(velocities) if velocities else None,
     )
-
-
-def prompts_of(call: Mapping[str, Any]) -> list[str]:
-    """The prompt of every image a stock call asks for; "" where it passes embeddings instead of text."""
-    prompt = call.get("prompt")
-    copies = call.get("num_images_per_prompt") or call.get("num_videos_per_prompt") or 1
-    if isinstance(prompt, str):
-        prompts = [prompt]
-    elif prompt is not None:
-        prompts = list(prompt)
-    else:
-        embeds = call.get("prompt_embeds")
-        prompts = [""] * (0 if embeds is None else len(embeds))
-    return [p for p in prompts for _ in range(copies)]
-
-
-def require_drivable(pipe: DiffusionPipeline) -> None:
-    """Raise a ValueError that says why the engine cannot drive this pipeline, if so."""
-    if not isinstance(pipe, DiffusionPipeline):
-        raise ValueError(f"a diffusers pipeline is needed, not {type(pipe).__name__}")
-    reason = why_not(type(pipe))
-    if reason is not None:
-        raise ValueError(f"{type(pipe).__name__} cannot be guided: {reason}; call it with sampler=None")
-    if not denoisers_of(pipe):
-        raise ValueError(
-            f"{type(pipe).__name__} has no denoiser under a name that the engine knows; it cannot be guided"
-        )
-    if not hasattr(pipe.scheduler, "step"):
-        raise ValueError(f"{type(pipe).__name__} has no scheduler with a step, where the engine pauses the stock call")
-
-
-@torch.no_grad()
-def encode_images(pipe: DiffusionPipeline, images: Tensor) -> Tensor:
-    """Images [B, 3, H, W] in [0, 1] to the latents the denoiser works on, scaled and packed (posterior mean)."""
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images must be [B, 3, H, W]; got {list(images.shape)}")
-    vae, config = pipe.vae, pipe.vae.config
-    dtype = vae.dtype
-    if config.get("force_upcast") and dtype == torch.float16:  # SDXL's encoder overflows in half precision
-        vae.to(torch.float32)
-    pixels = (2 * images - 1).to(vae.device, vae.dtype)
-    encoded = vae.encode(pixels.unsqueeze(2) if config.get("z_dim") else pixels)  # z_dim: a video autoencoder
-    vae.to(dtype)
-    latents = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent
-    latents = (latents.squeeze(2) if config.get("z_dim") else latents).to(dtype)
-    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-        mean, std = (latents.new_tensor(config[n]).view(1, -1, 1, 1) for n in ("latents_mean", "latents_std"))
-        latents = (latents - mean) / std * (config.get("scaling_factor") or 1.0)
-    else:
-        latents = (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
-    if hasattr(pipe, "_pack_latents"):  # into 2x2 patches
-        latents = pipe._pack_latents(latents, *latents.shape)
-    return latents

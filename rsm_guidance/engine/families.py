@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +101,35 @@ def denoisers_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
         if found:
             return found
     return {}
+
+
+def require_drivable(pipe: DiffusionPipeline) -> None:
+    """Raise a ValueError that says why the engine cannot drive this pipeline, if so."""
+    if not isinstance(pipe, DiffusionPipeline):
+        raise ValueError(f"a diffusers pipeline is needed, not {type(pipe).__name__}")
+    reason = why_not(type(pipe))
+    if reason is not None:
+        raise ValueError(f"{type(pipe).__name__} cannot be guided: {reason}; call it with sampler=None")
+    if not denoisers_of(pipe):
+        raise ValueError(
+            f"{type(pipe).__name__} has no denoiser under a name that the engine knows; it cannot be guided"
+        )
+    if not hasattr(pipe.scheduler, "step"):
+        raise ValueError(f"{type(pipe).__name__} has no scheduler with a step, where the engine pauses the stock call")
+
+
+def prompts_of(call: Mapping[str, Any]) -> list[str]:
+    """The prompt of every image a stock call asks for; "" where it passes embeddings instead of text."""
+    prompt = call.get("prompt")
+    copies = call.get("num_images_per_prompt") or call.get("num_videos_per_prompt") or 1
+    if isinstance(prompt, str):
+        prompts = [prompt]
+    elif prompt is not None:
+        prompts = list(prompt)
+    else:
+        embeds = call.get("prompt_embeds")
+        prompts = [""] * (0 if embeds is None else len(embeds))
+    return [p for p in prompts for _ in range(copies)]
 
 
 def pick_rows(value: Any, rows: tuple[int, ...], count: int) -> Any:

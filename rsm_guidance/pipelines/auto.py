@@ -7,8 +7,7 @@ from typing import Any
 import diffusers
 from diffusers import DiffusionPipeline
 
-from rsm_guidance.engine.denoiser import require_drivable
-from rsm_guidance.engine.families import why_not
+from rsm_guidance.engine.families import require_drivable, why_not
 from rsm_guidance.pipelines.guided import reward_guided
 
 _WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")

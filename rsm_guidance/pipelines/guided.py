@@ -18,7 +18,7 @@ from rsm_guidance.core.denoiser import Reward
 from rsm_guidance.core.ledger import Budget, Ledger
 from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.engine import PipelineDenoiser
-from rsm_guidance.engine.denoiser import prompts_of
+from rsm_guidance.engine.families import prompts_of
 from rsm_guidance.samplers import Interrupted, Monitor, Problem, Progress, Sampler, SamplerOutput, Watch, make_sampler
 from rsm_guidance.values import (
     DiffusionRewardModel,

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,8 @@ class Sample:
             from rsm_guidance.evaluation.traces import write_trace_picture  # matplotlib takes its time
 
             write_trace_picture(self.plot, out.trace)
+        if out.ledger.stopped in ("interrupted", "deadline"):
+            print(f"rsm-guidance: stopped early ({out.ledger.stopped}); {self.out} is the best so far", file=sys.stderr)
         _say({"image": str(self.out), "reward": (out.rewards or [None])[0], **out.ledger.to_dict()})
 
 
@@ -171,14 +174,20 @@ class Compare:
         require_writable(self.out / "report.json")
         pipe, judge = load_pipeline(self.of.model_id, self.of.dtype), self.of.judge()
         generation = Generation.for_model(self.of.model_id, self.of.steps, self.of.guidance_scale)
-        report = compare(
-            Comparison(
-                prompts, samplers, budgets, self.out, self.seed, self.pairs if self.prompt is None else 0,
-                batch_size=self.batch_size, autocast=self.autocast,
-            ),
-            pipe, generation, judge if self.guide is None else load_judge(self.guide),
-            {name: load_judge(name) for name in _listed(self.monitor or "")},
+        config = Comparison(
+            prompts, samplers, budgets, self.out, self.seed, self.pairs if self.prompt is None else 0,
+            batch_size=self.batch_size, autocast=self.autocast,
         )  # fmt: skip
+        guide = judge if self.guide is None else load_judge(self.guide)
+        monitors = {name: load_judge(name) for name in _listed(self.monitor or "")}
+        try:
+            report = compare(config, pipe, generation, guide, monitors)
+        except KeyboardInterrupt:
+            print(
+                f"rsm-guidance: interrupted; finished parts are in {self.out / 'runs'}: run the same command again to go on",
+                file=sys.stderr,
+            )
+            sys.exit(130)
         for key, run in report["runs"].items():
             shown = {k: run[k] for k in ("reward", "monitors", "evaluations", "seconds", "diversity") if k in run}
             _say({"run": key, "sampler": run["label"], "images": len(prompts), **shown})

@@ -16,7 +16,8 @@ def encode_images(pipe: DiffusionPipeline, images: Tensor) -> Tensor:
         vae.to(torch.float32)
     pixels = (2 * images - 1).to(vae.device, vae.dtype)
     encoded = vae.encode(pixels.unsqueeze(2) if config.get("z_dim") else pixels)  # z_dim: a video autoencoder
-    vae.to(dtype)
+    if vae.dtype != dtype:
+        vae.to(dtype)
     latents = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent
     latents = (latents.squeeze(2) if config.get("z_dim") else latents).to(dtype)
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:

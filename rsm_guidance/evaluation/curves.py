@@ -15,7 +15,9 @@ def curves(report: dict[str, Any]) -> Figure:
     rows = [*watched, "reward"]
     figure = Figure(figsize=(12.5, 4.3 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), 2, squeeze=False)
-    names = {name: f"monitor: {name}" for name in watched} | {"reward": f"guide: {report['settings']['guide']}"}
+    names = {name: f"monitor: {name}" for name in watched} | {
+        "reward": "guide: " + report["settings"]["guide"].partition(" model ")[0]
+    }
     labels = list(dict.fromkeys(r["label"] for r in report["runs"].values()))
     marks, colours = "os^Dv<>pXh*", [f"C{i}" for i in range(10)]
     for row, quantity in enumerate(rows):

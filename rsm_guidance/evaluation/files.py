@@ -19,6 +19,8 @@ def require_writable(path: Path) -> Path:
         ValueError: if not, saying why.
     """
     try:
+        if path.parent.is_file():
+            raise ValueError(f"cannot write {path}: {path.parent} is a file; name a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise ValueError(f"cannot write {path}: it is a folder; name a file")
@@ -48,6 +50,8 @@ def write_json(path: Path, data: Any) -> None:
 def require_image_name(path: Path) -> Path:
     """The path itself, if its suffix names an image format that can be written; checked like `require_writable`."""
     Image.init()
+    if path.is_dir():
+        raise ValueError(f"cannot write {path}: it is a folder; name a file")
     if Image.EXTENSION.get(path.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"cannot write {path}: its ending names no image format; use .png")
     return require_writable(path)

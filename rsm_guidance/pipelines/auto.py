@@ -6,6 +6,7 @@ from typing import Any
 
 import diffusers
 from diffusers import DiffusionPipeline
+from huggingface_hub.constants import HF_HUB_OFFLINE
 
 from rsm_guidance.engine.families import require_drivable, why_not
 from rsm_guidance.pipelines.guided import reward_guided
@@ -79,6 +80,11 @@ def stock_class(model: str | os.PathLike[str], **where: Any) -> tuple[type[Diffu
         config = DiffusionPipeline.load_config(model, **where)
         entry = config["_class_name"]
     except (OSError, KeyError) as error:
+        if not Path(model).is_dir() and HF_HUB_OFFLINE:
+            raise ValueError(
+                f"cannot load a pipeline from {model!r}: it is no folder here and not in the cache, and HF_HUB_OFFLINE forbids "
+                "to ask the hub"
+            ) from error
         raise ValueError(
             f"cannot load a pipeline from {model!r}, which is none of diffusers: {str(error).strip().splitlines()[0]}"
         ) from error

@@ -19,7 +19,7 @@ from rsm_guidance.core.ledger import Budget, Ledger
 from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.engine import PipelineDenoiser
 from rsm_guidance.engine.families import prompts_of
-from rsm_guidance.samplers import Interrupted, Monitor, Problem, Progress, Sampler, SamplerOutput, Watch, make_sampler
+from rsm_guidance.samplers import Interrupted, Monitor, Problem, Progress, Sampler, SamplerOutput, Watch, parse_sampler
 from rsm_guidance.values import (
     DiffusionRewardModel,
     DRMValue,
@@ -178,7 +178,7 @@ def _call(
                 f"{given[0]} has no effect without a sampler; pass sampler='none' to score unguided samples"
             )
         return stock_call(pipe, **call)
-    sampler = make_sampler(sampler) if isinstance(sampler, str) else sampler
+    sampler = parse_sampler(sampler) if isinstance(sampler, str) else sampler
     judge = None if reward is None else load_judge(reward)
     scorer = None if value is None else load_value(value)
     if isinstance(scorer, Estimator) and judge is None:

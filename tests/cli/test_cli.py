@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 from rsm_guidance.cli.main import main
-from rsm_guidance.cli.training import with_config
+from rsm_guidance.cli.training import BENCHMARK, TRAIN, with_config
 
 
 def nan_reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
@@ -226,6 +227,8 @@ def test_a_reward_in_the_current_folder_is_found(tmp_path: Path) -> None:
 def test_help_of_the_installed_program() -> None:
     done = subprocess.run([sys.executable, "-m", "rsm_guidance", "--help"], capture_output=True, text=True, check=True)
     assert "usage" in done.stdout.lower()
+    for name in (*TRAIN, *BENCHMARK):
+        assert name in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -248,3 +251,47 @@ def test_benchmark_engine_writes_ratios(tmp_path: Path, capsys: pytest.CaptureFi
     assert all(p["seconds_per_step"] > 0 for p in paths.values())
     assert "| stepwise, K=1 |" in capsys.readouterr().out
     assert "more than 2 steps" in fails(capsys, ["benchmark", "engine", "--steps", "2", "--out", str(out)])
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (None, "it has no config.json"),
+        ('{"broken', "its config.json is damaged"),
+        ("[]", "its config.json is damaged"),
+        ("{}", "does not say the adaptation"),
+        ('{"backbone": "shapes", "blocks": 4, "adaptation": "full"}', "model.safetensors"),
+    ],
+)
+def test_damaged_reward_models_are_named(
+    config: str | None, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "a.png")
+    folder = tmp_path / "drm"
+    folder.mkdir()
+    if config is not None:
+        (folder / "config.json").write_text(config)
+    said = fails(capsys, ["score", str(tmp_path / "a.png"), "--prompt", "x", "--reward", str(folder)])
+    assert f"{folder} is not a diffusion reward model" in said and words in said
+
+
+def test_outputs_that_cannot_be_written_are_refused_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file.txt").write_text("a star\n")
+    assert "it is a folder" in fails(capsys, ["sample", "a star", "--out", str(tmp_path)])
+    same = str(tmp_path / "a.png")
+    assert "different files" in fails(capsys, ["sample", "a star", "--out", same, "--trace", same])
+    assert "is a file; name a folder" in fails(capsys, ["compare", "a star", "--out", str(tmp_path / "file.txt")])
+
+
+def test_an_interrupted_comparison_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rsm_guidance.cli.commands.compare", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", "a star", "--out", str(tmp_path / "report")])
+    assert stop.value.code == 130 and "run the same command again" in capsys.readouterr().err

@@ -335,9 +335,12 @@ class DiffusionRewardModel(
             )
         try:
             settings = json.loads((folder / "config.json").read_text())
+            missing = sorted({"backbone", "blocks", "adaptation"} - settings.keys())
+            if missing:
+                raise ValueError(f"its config.json does not say the {missing[0]}")
             tensors = load_file(folder / "model.safetensors")
             config = DRMConfig(**settings)
-        except (OSError, ValueError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
             raise ValueError(f"{folder} is not a diffusion reward model: {error}") from error
         drm = cls(pipe if pipe is not None else load_backbone(config.backbone), config)
         own = drm._own_tensors()

@@ -285,8 +285,9 @@ def _against_unguided(report: dict[str, Any]) -> None:
 def _picture(config: Comparison, plan: list[_Run]) -> Image.Image:
     """The first prompts (rows) under every sampler (columns) at its largest budget."""
     last = {run.label: run for run in plan}
-    rows = []
+    rows, copies = [], copies_of(config.prompts)
     for index in range(min(config.shown, len(config.prompts))):
+        caption = config.prompts[index] + (f" ({copies[index] + 1})" if copies[index] else "")
         images = [_image(config, run, index, False) or Image.new("RGB", (64, 64), "white") for run in last.values()]
-        rows.append([(image, config.prompts[index] if i == 0 else "") for i, image in enumerate(images)])
+        rows.append([(image, caption if i == 0 else "") for i, image in enumerate(images)])
     return grid(rows, 128, [run.key for run in last.values()])

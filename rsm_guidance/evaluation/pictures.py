@@ -7,7 +7,7 @@ def grid(rows: list[list[tuple[Image.Image, str]]], cell: int = 192, title: list
     """Rows of (image, label) as one picture; `title` labels the columns.
 
     Args:
-        rows: equally long rows.
+        rows: equally long rows; a label of the first image alone is that of the whole row.
         cell: side of a cell in pixels; small images are enlarged smoothly.
         title: one heading per column.
     """
@@ -21,12 +21,14 @@ def grid(rows: list[list[tuple[Image.Image, str]]], cell: int = 192, title: list
         heading = _shorten(text, draw, font, cell)
         draw.text((gap + column * (cell + gap) + cell / 2, gap), heading, fill="black", font=font, anchor="ma")
     for r, row in enumerate(rows):
+        whole = not any(text for _, text in row[1:])
         for c, (image, text) in enumerate(row):
             x, y = gap + c * (cell + gap), head + gap + r * (cell + label + gap)
             canvas.paste(image.convert("RGB").resize((cell, cell), Image.Resampling.BICUBIC), (x, y))
             draw.rectangle((x, y, x + cell - 1, y + cell - 1), outline="#cccccc")
+            place, anchor, room = (x, "la", width - 2 * gap) if whole else (x + cell / 2, "ma", cell)
             draw.text(
-                (x + cell / 2, y + cell + 4), _shorten(text, draw, small, cell), fill="#444444", font=small, anchor="ma"
+                (place, y + cell + 4), _shorten(text, draw, small, room), fill="#444444", font=small, anchor=anchor
             )
     return canvas
 

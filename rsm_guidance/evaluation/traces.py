@@ -95,7 +95,11 @@ def _tree(axis: Axes, tree: dict[str, Any]) -> None:
     if len(finite) and axis.figure is not None:
         axis.figure.colorbar(ScalarMappable(scale, "viridis"), ax=axis, label="value", shrink=0.8)
     axis.autoscale()
-    axis.set(xlabel="level (0 is noise)", yticks=[], title=f"{len(parent)} nodes, {len(tree['leaves'])} leaves")
+    axis.set(
+        xlabel="level (0 is noise, before it the root)",
+        yticks=[],
+        title=f"{len(parent)} nodes, {len(tree['leaves'])} leaves",
+    )
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 

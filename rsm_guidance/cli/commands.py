@@ -182,12 +182,10 @@ class Compare:
         monitors = {name: load_judge(name) for name in _listed(self.monitor or "")}
         try:
             report = compare(config, pipe, generation, guide, monitors)
-        except KeyboardInterrupt:
-            print(
-                f"rsm-guidance: interrupted; finished parts are in {self.out / 'runs'}: run the same command again to go on",
-                file=sys.stderr,
-            )
-            sys.exit(130)
+        except KeyboardInterrupt as interrupt:
+            raise KeyboardInterrupt(
+                f"with the finished parts in {self.out / 'runs'}: run the same command again to go on"
+            ) from interrupt
         for key, run in report["runs"].items():
             shown = {k: run[k] for k in ("reward", "monitors", "evaluations", "seconds", "diversity") if k in run}
             _say({"run": key, "sampler": run["label"], "images": len(prompts), **shown})

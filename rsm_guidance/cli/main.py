@@ -46,8 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         print(f"{_PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"{_PROGRAM}: interrupted before there was anything to keep", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        kept = str(interrupt) or "before there was anything to keep"
+        print(f"{_PROGRAM}: interrupted {kept}", file=sys.stderr)
         sys.exit(130)
 
 

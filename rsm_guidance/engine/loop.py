@@ -21,6 +21,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor
 
 from rsm_guidance.engine.families import denoisers_of, stock_call_of, traits_of, uses_guidance
+from rsm_guidance.engine.memory import out_of_memory
 
 
 @dataclass(frozen=True)
@@ -279,7 +280,7 @@ class StockLoop:
                 pause: Pause = self._greenlet.switch(latents) if started else self._greenlet.switch()
         except RuntimeError as error:
             rows = 0 if self._latents is None else len(self._latents)
-            if rows < 2 or not self._replayed:
+            if rows < 2 or not self._replayed or out_of_memory(error):
                 raise
             callback = self._call["callback_on_step_end"]
             names = [type(c).__name__ for c in getattr(callback, "callbacks", [callback])]

@@ -161,9 +161,16 @@ def _path(config: Comparison, run: _Run, chunk: list[int], second: bool) -> Path
 
 def _asked(config: Comparison, settings: dict[str, Any], run: _Run, chunk: list[int]) -> dict[str, Any]:
     prompts = [config.prompts[i] for i in chunk]
+    return {
+        "settings": settings, "sampler": repr(run.sampler), "budget": run.budget, "prompts": prompts,
+        "copies": _copies(config, chunk),
+    }  # fmt: skip
+
+
+def _copies(config: Comparison, chunk: list[int]) -> list[int]:
+    """Which repetition of its prompt each image is, among all prompts and not in its chunk alone."""
     copies = copies_of(config.prompts)
-    again = {"copies": [copies[i] for i in chunk]} if any(copies[i] for i in chunk) else {}
-    return again | {"settings": settings, "sampler": repr(run.sampler), "budget": run.budget, "prompts": prompts}
+    return [copies[i] for i in chunk]
 
 
 def _read(
@@ -196,7 +203,7 @@ def _work(
     cap = None if run.budget is None else Budget(evaluations=run.budget)
     samples: list[Sample] = []
     with torch.autocast(pipe.device.type, torch.bfloat16, enabled=config.autocast):
-        copies = [copies_of(config.prompts)[i] for i in chunk]
+        copies = _copies(config, chunk)
         for batch in generate(pipe, prompts, run.sampler, guide, generation, seed, config.batch_size, cap, copies):
             samples += batch
     samples.sort(key=lambda s: s.index)

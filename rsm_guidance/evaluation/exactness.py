@@ -171,9 +171,8 @@ def discretisation(case: str, schedule: NoiseSchedule, runs: int, seed: int = 0)
     denoiser = GaussianMixtureDenoiser(mixture, schedule, [])
     found = []
     for _ in range(-(-runs // _CHUNK)):
-        alpha, sigma = schedule.coefficients(0)
-        x = torch.randn(_CHUNK, mixture.dimension, generator=generator, dtype=torch.float64) * sigma
-        x = x + alpha * mixture.sample(_CHUNK, generator) if alpha > 0 else x
+        eps = torch.randn(_CHUNK, mixture.dimension, generator=generator, dtype=torch.float64)
+        x = schedule.add_noise(mixture.sample(_CHUNK, generator), eps, 0)
         for level in range(schedule.steps):
             gaussian = _ANCESTRAL(denoiser.predict(x, level), schedule, level, level + 1)
             x = gaussian.sample(torch.randn(x.shape, generator=generator, dtype=torch.float64))

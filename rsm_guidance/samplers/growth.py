@@ -9,7 +9,7 @@ import os
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,6 @@ class _Job:
     parent: int
     path: tuple[int, ...]
     streams: RandomStreams
-    estimate: Tensor | None = None
     generator: torch.Generator | None = field(default=None, repr=False)
 
     def noise(self, shape: Sequence[int], level: int) -> Tensor:
@@ -396,7 +395,7 @@ class Growth:
         leaves = [next(iter(store)) for store in forest.clean]
         latents = torch.stack([store[leaf] for store, leaf in zip(forest.clean, leaves, strict=True)])
         with interruptible(problem), torch.no_grad():
-            said = problem.final_rewards(latents.to(self.first.device), problem.rows)
+            said = replace(problem, watch=None).final_rewards(latents.to(self.first.device), problem.rows)
         if said is None:
             return
         self.spent = [(e + problem.final_cost, c + problem.final_calls) for e, c in self.spent]
@@ -405,7 +404,8 @@ class Growth:
             if abs(now - before) > 0.02 * (_spread(forest.rewards[row]) + abs(before)):
                 raise ValueError(
                     f"the tree file {path} was grown with another reward: a leaf of prompt {row} had {before:.4g} and now has "
-                    f"{now:.4g}. Use the reward it was grown with, or another tree_file"
+                    f"{now:.4g} (a reward that is normalised among what is judged together cannot be continued). Use the reward it was "
+                    "grown with, or another tree_file"
                 )
 
 

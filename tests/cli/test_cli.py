@@ -256,9 +256,9 @@ def test_benchmark_engine_writes_ratios(tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (None, "it has no config.json"),
-        ('{"broken', "its config.json is damaged"),
-        ("[]", "its config.json is damaged"),
+        (None, "No such file"),
+        ('{"broken', "config.json cannot be used"),
+        ("[]", "config.json cannot be used"),
         ("{}", "does not say the adaptation"),
         ('{"backbone": "shapes", "blocks": 4, "adaptation": "full"}', "model.safetensors"),
     ],

@@ -298,6 +298,18 @@ class DiffusionRewardModel(
         os.replace(config.with_suffix(".partial"), config)
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
+        """Load a checkpoint folder or hub repository; arguments as in `_from_pretrained`.
+
+        Raises:
+            ValueError: if files are missing or damaged, or do not fit the backbone.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if folder.is_dir():  # before huggingface_hub reads it, which says less
+            _read_config(folder)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
     def _from_pretrained(
         cls,
         *,
@@ -334,13 +346,9 @@ class DiffusionRewardModel(
                 )
             )
         try:
-            settings = json.loads((folder / "config.json").read_text())
-            missing = sorted({"backbone", "blocks", "adaptation"} - settings.keys())
-            if missing:
-                raise ValueError(f"its config.json does not say the {missing[0]}")
+            config = _read_config(folder)
             tensors = load_file(folder / "model.safetensors")
-            config = DRMConfig(**settings)
-        except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
+        except (OSError, SafetensorError) as error:
             raise ValueError(f"{folder} is not a diffusion reward model: {error}") from error
         drm = cls(pipe if pipe is not None else load_backbone(config.backbone), config)
         own = drm._own_tensors()
@@ -352,6 +360,24 @@ class DiffusionRewardModel(
             for name, tensor in own.items():
                 tensor.copy_(tensors[name])
         return drm
+
+
+def _read_config(folder: Path) -> DRMConfig:
+    """What a checkpoint folder says of itself.
+
+    Raises:
+        ValueError: if that is missing, damaged or incomplete.
+    """
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        missing = sorted({"backbone", "blocks", "adaptation"} - settings.keys())
+        if missing:
+            raise ValueError(f"it does not say the {missing[0]}")
+        return DRMConfig(**settings)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{folder} is not a diffusion reward model: its config.json cannot be used: {error}"
+        ) from error
 
 
 def load_backbone(name: str) -> DiffusionPipeline:

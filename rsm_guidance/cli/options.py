@@ -64,8 +64,10 @@ class SamplerOptions:
     """fk-steering: how values become weights."""
     strength: float | None = None
     """reward-gradient: size of the push, in standard deviations of a step."""
+    accept: float | None = None
+    """best-of-n and tree-search: final reward with which a prompt is done."""
     threshold: float | None = None
-    """rbf: value above which a child is accepted; fk-steering and smc: share of effective particles to resample at."""
+    """rbf: value with which a child is accepted; fk-steering and smc: share of effective particles to resample at."""
 
     set: tuple[str, ...] = ()
     """Any other option of the sampler, as FIELD=VALUE."""

@@ -1,10 +1,11 @@
 """What a sampler costs, and how large it may be for a budget: found by running it on a toy of the same costs.
 
 No sampler has to know its own cost formula: a dry run over the same levels books every evaluation that a real one books,
-without a network.  Samplers whose cost depends on the values they meet (rbf, backtracking) are estimated; the hard cap of
-the real run holds in any case.
+without a network.  Samplers whose cost depends on the values they meet (rbf, backtracking) are estimated, and those that
+stop at a good enough reward (`accept`) taken not to; the hard cap of the real run holds in any case.
 """
 
+import sys
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -89,6 +90,8 @@ class _ToyValue:
 
 def dry_run(sampler: Sampler, costs: Costs, budget: Budget | None = None) -> Ledger:
     """What making one image spends, found by making it with a toy model of the same costs."""
+    if getattr(sampler, "accept", None) is not None:
+        sampler = replace(sampler, accept=sys.float_info.max)  # type: ignore[type-var]
     ledger = Ledger(budget or Budget())
     denoiser = _ToyDenoiser(costs, ledger)
     problem = Problem(

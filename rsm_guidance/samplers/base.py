@@ -173,16 +173,19 @@ class Problem:
             self.ledger.stop("budget")
         return max(1, affordable)
 
-    def step(self, gaussian: Gaussian, level: int, candidates: list[int], child: int = 0) -> Tensor:
-        """Sample a transition for rows candidate by candidate: the mean is [len(candidates) * B, ...], candidate-major.
+    def step(
+        self, gaussian: Gaussian, level: int, candidates: list[int], child: int = 0, prompts: Tensor | None = None
+    ) -> Tensor:
+        """Sample a transition for rows candidate by candidate: the mean is [len(candidates) * P, ...], candidate-major.
 
-        Noise is named (candidate, level, child), so candidate 0 and child 0 are always those of the unguided run.
+        `prompts` [P] are the rows that each candidate has, all B by default.  Noise is named (candidate, level, child), so candidate 0 and child 0 are always those of the unguided run.
         """
         if gaussian.std == 0:
             return gaussian.mean
         shape = gaussian.mean.shape[1:]
         names = [("step", c, level, child) for c in candidates]
-        noise = torch.stack([self.streams.normal(r, shape, *n) for n in names for r in range(self.count)])
+        rows = (self.rows if prompts is None else prompts).tolist()
+        noise = torch.stack([self.streams.normal(r, shape, *n) for n in names for r in rows])
         return gaussian.sample(noise)
 
     def advance(
@@ -194,17 +197,19 @@ class Problem:
         candidates: list[int],
         prediction: Prediction | None = None,
     ) -> tuple[Prediction, Tensor]:
-        """The prediction at latents [len(candidates) * B, ...], candidate-major, and a step by a transition from it.
+        """The prediction at latents [len(candidates) * P, ...], candidate-major, and a step by a transition from it.
 
-        `prediction` is that of these latents, where it is already known.
+        `rows` repeats the same P prompts for each candidate.  `prediction` is that of these latents, where it is already known.
         """
         level, target = jump
         denoiser, schedule = self.denoiser, self.denoiser.schedule
+        prompts = rows[: len(rows) // len(candidates)]
         prediction = prediction or denoiser.predict(x, level, rows)
         if transition.kind != "glass":
-            return prediction, self.step(transition(prediction, schedule, level, target), level, candidates)
+            gaussian = transition(prediction, schedule, level, target)
+            return prediction, self.step(gaussian, level, candidates, prompts=prompts)
         # The mean of a unit Gaussian at zero is the noise itself, under the same names as everywhere.
-        noise = self.step(Gaussian(torch.zeros_like(x), 1.0), level, candidates)
+        noise = self.step(Gaussian(torch.zeros_like(x), 1.0), level, candidates, prompts=prompts)
         return prediction, glass(
             lambda y, at: denoiser.predict(y, at, rows), prediction, schedule, level, target, noise
         )

@@ -142,6 +142,8 @@ class Growth:
     def _plan(self, row: int, waves: list[list[_Job]]) -> bool:
         """Plan the rest of a row's batch (the first simulation makes a batch of its own); False if the row ends with it."""
         config, tree = self.config, self.forest.trees[row]
+        if config.satisfied(self.forest.rewards[row]):
+            return False
         done = len(tree.leaves)
         phase = (done - 1) % config.batch if done else 0
         self.spread = _spread(self.forest.rewards[row][: done - phase])

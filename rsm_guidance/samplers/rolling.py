@@ -6,6 +6,7 @@ which the parent was accepted (`rbf`), or than a fixed `threshold`.  When the tr
 continues.  Prompts are tried together, in rounds that shrink as they accept.  Greedy.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,7 +31,7 @@ class RollingSelection:
 
     Attributes:
         candidates: tries per level and prompt, >= 1; what a level leaves unused serves the later ones.
-        threshold: value above which a child is accepted; None accepts what beats the parent's own value.
+        threshold: value with which a child is accepted; None accepts what beats the parent's own value.
         transition: how to step; a stochastic one, or there is nothing to choose.
     """
 
@@ -57,9 +58,8 @@ class RollingSelection:
         schedule, trace = problem.denoiser.schedule, new_trace(self, problem)
         x, rows = problem.initial(0), problem.rows
         spare = torch.zeros(problem.count, dtype=torch.int64)
-        bar = torch.full(
-            (problem.count,), -torch.inf if self.threshold is None else self.threshold, dtype=torch.float64
-        )
+        below = -torch.inf if self.threshold is None else math.nextafter(self.threshold, -math.inf)
+        bar = torch.full((problem.count,), below, dtype=torch.float64)
         estimate: Tensor | None = None
         try:
             with interruptible(problem):

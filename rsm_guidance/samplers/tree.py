@@ -105,13 +105,17 @@ class TreeSampler(ABC):
     def plan(self, growth: Growth, row: int, number: int, draw: Draw) -> int | None:
         """Plan simulation `number` of a row; returns its first new node, None if the tree is closed."""
 
+    def satisfied(self, rewards: list[float]) -> bool:
+        """Whether a prompt needs no more simulations, by the rewards of its leaves."""
+        return False
+
     @abstractmethod
     def _conclude(self, growth: Growth, trace: dict[str, Any]) -> SamplerOutput:
         """Which leaf of each row is returned."""
 
     def settings(self) -> dict[str, Any]:
         """What decides how a tree grows; a file is continued only under the same."""
-        free = ("simulations", "tree_file", "batch_rows")
+        free = ("simulations", "accept", "tree_file", "batch_rows")
         return {"sampler": self.name} | {k: v for k, v in asdict(self).items() if k not in free}
 
 
@@ -189,17 +193,24 @@ class TreeSearch(TreeSampler):
 
     Attributes: those of `TreeSampling`, where `temperature` is that of the backup alone, and
         exploration: c >= 0 of the upper confidence bound, in units of the spread (standard deviation) of the leaves' rewards.
+        accept: reward of a leaf with which a prompt is done, when its batch is; None makes all simulations.
     """
 
     name: ClassVar[str] = "tree-search"
     greedy: ClassVar[bool] = True
     batch: int = 4
     exploration: float = 1.0
+    accept: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.exploration < math.inf:
             raise ValueError(f"exploration must be at least 0 and finite; got {self.exploration}")
+        if self.accept is not None and not math.isfinite(self.accept):
+            raise ValueError(f"accept must be finite; got {self.accept}")
+
+    def satisfied(self, rewards: list[float]) -> bool:
+        return self.accept is not None and max(rewards, default=-math.inf) >= self.accept
 
     def plan(self, growth: Growth, row: int, number: int, draw: Draw) -> int | None:
         rule = UpperConfidence(self.exploration, lambda: growth.spread / self.temperature)

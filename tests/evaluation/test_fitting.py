@@ -59,6 +59,7 @@ OPTIONS = [
     *SAMPLERS, "reward-gradient:recurrence=3", "reward-gradient:recurrence=2:trajectories=3", "reward-gradient:jacobian=false",
     "smc:jacobian=false", "psi:initial=null", "psi:gradient=true", "tree-search:prior=value", "tree-sampling:prior=value",
     "stepwise:trajectories=3", "noise-search:mode=paths", "noise-optimization:gradient=zeroth-order", "fk-steering:interval=1",
+    "best-of-n:accept=-1", "tree-search:accept=-1",
 ]  # fmt: skip
 
 
@@ -115,3 +116,11 @@ def test_samplers_are_read_from_text() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             parse_sampler(text)
+
+
+@pytest.mark.parametrize("name", ["best-of-n", "tree-search"])
+def test_who_may_stop_early_is_fitted_as_if_it_did_not(name: str) -> None:
+    for bar in (-1e9, 0.0, 1.0):
+        fitted: Any = fit_to_budget(make_sampler(name, accept=bar), 120.0, DRM)
+        whole: Any = fit_to_budget(make_sampler(name), 120.0, DRM)
+        assert fitted.accept == bar and getattr(fitted, fitted.scales) == getattr(whole, whole.scales) > 4

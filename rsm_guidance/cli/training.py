@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from rsm_guidance.evaluation.benchmark import SamplersBenchmark, run_samplers_benchmark, table
+from rsm_guidance.evaluation.branching import BranchingBenchmark, branching_table, run_branching_benchmark
 from rsm_guidance.evaluation.calibration import ValuesBenchmark, run_values_benchmark, values_table
 from rsm_guidance.evaluation.engine_benchmark import EngineBenchmark, engine_table, run_engine_benchmark
 from rsm_guidance.evaluation.exactness import ExactnessBenchmark, exactness_table, run_exactness_benchmark
@@ -108,8 +109,22 @@ class Exactness(ExactnessBenchmark):
         print(exactness_table(run_exactness_benchmark(self)))
 
 
+@dataclass(frozen=True)
+class Branching(BranchingBenchmark):
+    """Whether branching can pay: how often branches of bad runs come out good, per noise level, beside fresh starts.
+
+    rsm-guidance benchmark branching --out branching.json
+    """
+
+    def run(self) -> None:
+        require_writable(self.out)
+        print(branching_table(run_branching_benchmark(self)))
+
+
 TRAIN = {"reward": Reward, "base": Base}
-BENCHMARK = {"samplers": Samplers, "judges": Judges, "engine": Engine, "values": Values, "exactness": Exactness}
+BENCHMARK = {
+    "samplers": Samplers, "judges": Judges, "engine": Engine, "values": Values, "exactness": Exactness, "branching": Branching,
+}  # fmt: skip
 
 
 def with_config(arguments: list[str]) -> list[str]:

@@ -7,6 +7,13 @@ import numpy as np
 import pytest
 
 from rsm_guidance.core.schedule import NoiseSchedule
+from rsm_guidance.core.transitions import Transition
+from rsm_guidance.evaluation.branching import (
+    BranchingBenchmark,
+    branching_figures,
+    branching_table,
+    run_branching_benchmark,
+)
 from rsm_guidance.evaluation.calibration import ValuesBenchmark, _figures, run_values_benchmark, values_table
 from rsm_guidance.evaluation.exactness import (
     ExactnessBenchmark,
@@ -68,3 +75,42 @@ def test_what_the_levels_cost_vanishes_with_their_number() -> None:
     for key in ("reward", "log_z"):
         assert abs(fine[f"{key}_error"]) < abs(coarse[f"{key}_error"]) / 4
         assert abs(fine[f"{key}_error"]) < 4 * fine[f"{key}_standard_error"] + 0.02
+
+
+def test_figures_of_branching_where_the_answer_is_known() -> None:
+    """Captions differ in their chance p; a branch repeats its run's fate with a chance that grows with the level."""
+    rng = np.random.default_rng(0)
+    p = rng.beta(2, 2, size=(400, 1))
+    good = rng.random((400, 6)) < p
+    decided = np.array([0.0, 0.5, 1.0])[:, None, None, None]
+    redrawn = rng.random((3, 400, 6, 20)) < p[None, :, :, None]
+    branches = np.where(rng.random((3, 400, 6, 20)) < decided, good[None, :, :, None], redrawn)
+    figures = branching_figures(good, branches)
+    fresh = float((p * (1 - p)).mean() / (1 - p).mean())  # E[p | a run was bad]
+    assert figures["fresh"][1] < fresh < figures["fresh"][2]
+    for level, (share, undecided) in enumerate(zip(figures["levels"], (1, 0.5, 0), strict=True), 1):
+        assert share["level"] == level and share["evaluations"] == 4 - level
+        assert share["repaired"][0] == pytest.approx(undecided * fresh, abs=0.02)
+        kept = float((p * p).mean() / p.mean())
+        assert share["kept"][0] == pytest.approx(1 - undecided + undecided * kept, abs=0.02)
+        assert share["advantage"][0] == pytest.approx(undecided * 4 / (4 - level), abs=0.1)
+        assert share["advantage"][1] <= share["advantage"][0] <= share["advantage"][2]
+    with pytest.raises(ValueError, match="0 of 12 are good"):
+        branching_figures(np.zeros((3, 4), bool), np.zeros((2, 3, 4, 1), bool))
+
+
+def test_late_branches_repair_less(tmp_path: Path) -> None:
+    out = tmp_path / "branching.json"
+    result = run_branching_benchmark(BranchingBenchmark(out, captions=8, runs=4, branches=2, steps=6))
+    assert json.loads(out.read_text()) == result and out.with_suffix(".png").stat().st_size > 5000
+    early, late = result["levels"][0], result["levels"][-1]
+    assert late["repaired"][0] < 0.2 < 0.8 < late["kept"][0] and early["repaired"][0] > late["repaired"][0]
+    assert "| repaired: branches of bad runs |" in branching_table(result)
+    for options, words in (
+        ({"runs": 1}, "2 runs"),
+        ({"transition": Transition("ode")}, "stochastic transition"),
+        ({"reward": "shapes-drm"}, "function of images"),
+        ({"captions": 2, "runs": 2, "steps": 2, "accept": 7.0}, "0 of 4 are good"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run_branching_benchmark(BranchingBenchmark(out, **options))  # type: ignore[arg-type]

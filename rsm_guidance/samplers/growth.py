@@ -5,16 +5,11 @@ node's transition is computed once and serves all its children.
 """
 
 import math
-import os
-import time
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from rsm_guidance.core.forest import Forest
@@ -23,15 +18,14 @@ from rsm_guidance.core.schedule import NoiseSchedule, Prediction
 from rsm_guidance.core.selection import Widening
 from rsm_guidance.core.transitions import Gaussian, Transition
 from rsm_guidance.core.tree import Tree
-from rsm_guidance.rewards import name_of
 from rsm_guidance.samplers.base import Interrupted, Problem, SamplerOutput, check_deadline, finished, interruptible
+from rsm_guidance.samplers.tree_file import TreeFile, spread
 
 if TYPE_CHECKING:
     from rsm_guidance.samplers.tree import TreeSampler
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-_SAVE_EVERY = 30.0  # seconds between two savings of a tree file, so that a killed run loses no more
 _EARLY = 4  # u^4 of a uniform u: where restarts leave a path leans to its noisy half, where more is decided
 
 
@@ -64,49 +58,46 @@ class Growth:
         self.schedule = problem.denoiser.schedule
         self.steps = self.schedule.steps
         self.stds = [_std(config.transition, self.schedule, level) for level in range(self.steps)]
-        random = [True, *(std > 0 for std in self.stds)]
         self.rules = Widening(config.widening, config.exponent, config.branching)
         self.judging = problem.reward is not None or problem.value is not None
         self.estimate: Tensor | None = None
         self.spread = 1.0
         self.spent = [(0.0, 0)] * problem.count  # denoiser evaluations and reward calls of each row
         self.per_level = 0.0
-        self.forest = Forest.planted(problem.count, random)
+        self.forest = Forest.planted(problem.count, self.random)
         self.first = problem.initial(0)
         self.table: list[Any] = [None] * problem.count
+
+    @property
+    def random(self) -> list[bool]:
+        """Whether a child of a state at each level, from the root above level 0 on, is drawn at random."""
+        return [True, *(std > 0 for std in self.stds)]
 
     # --- the run ---
 
     def run(self) -> None:
         """Grow the trees to the size asked for, or to what the budget reaches for."""
-        config = self.config
-        path = None if config.tree_file is None else Path(config.tree_file)
-        if path is not None and path.exists():
-            self._resume(path)
-        elif path is not None and not os.access(path.parent, os.W_OK):
-            raise ValueError(f"the tree file {path} cannot be written: its folder is missing or not yours to write in")
-        size, saved = [len(tree.leaves) for tree in self.forest.trees], time.monotonic()
+        file = None if self.config.tree_file is None else TreeFile(self)
+        if file is not None:
+            self._resume(file)
         try:
             active = list(range(self.problem.count))
             while active:
                 active = self._batch(active)
-                if path is not None and time.monotonic() - saved > _SAVE_EVERY:
-                    size, saved = self._save(path, size), time.monotonic()
+                if file is not None:
+                    file.save(self.forest, at_once=False)
         finally:
-            if path is not None:
-                self._save(path, size)
+            if file is not None:
+                file.save(self.forest)
 
-    def _save(self, path: Path, size: list[int]) -> list[int]:
-        """Write the trees if they have grown beyond a size; returns their size."""
-        grown = [len(tree.leaves) for tree in self.forest.trees]
-        if self.judging and grown != size:
-            try:
-                self.forest.save(path, self._identity())
-            except (OSError, SafetensorError) as error:  # the images are worth more than the trees
-                warnings.warn(
-                    f"the tree file {path} cannot be written, and these trees will be lost: {error}", stacklevel=2
-                )
-        return grown
+    def _resume(self, file: TreeFile) -> None:
+        """Continue the trees of a file, if it is there; proving that they are this run's counts for every row."""
+        forest = file.load()
+        if forest is None:
+            return
+        self.forest = forest
+        self.estimate, evaluations, calls = file.prove(forest)
+        self.spent = [(e + evaluations, c + calls) for e, c in self.spent]
 
     def _batch(self, active: list[int]) -> list[int]:
         """Complete one batch of simulations for some rows; returns the rows that go on."""
@@ -146,7 +137,7 @@ class Growth:
             return False
         done = len(tree.leaves)
         phase = (done - 1) % config.batch if done else 0
-        self.spread = _spread(self.forest.rewards[row][: done - phase])
+        self.spread = spread(self.forest.rewards[row][: done - phase])
         hidden = tree.leaves[done - phase :]
         weights = [tree.value[leaf] for leaf in hidden]
         for leaf in hidden:  # a batch that was cut short goes on as if its rewards were not in yet
@@ -325,7 +316,7 @@ class Growth:
             self.estimate[torch.tensor([job.row for job in active])] = prediction.x0
         self.problem.report(level, self.estimate)
 
-    # --- the end, and files ---
+    # --- the end ---
 
     def close(self, chosen: list[int], trace: dict[str, Any]) -> SamplerOutput:
         """The output for a leaf per row, given by its simulation, with the trees in the trace."""
@@ -349,76 +340,8 @@ class Growth:
         rewards = torch.tensor([r[c] for r, c in zip(forest.rewards, chosen, strict=True)], dtype=torch.float64)
         return finished(self.problem, latents, trace, rewards)
 
-    def _identity(self) -> dict[str, Any]:
-        """What a tree file must share with the run that continues it."""
-        problem, config = self.problem, self.config
-        schedule = {n: getattr(self.schedule, n).tolist() for n in ("alpha", "sigma", "timesteps")}
-        judges = {
-            n: None if j is None else f"{name_of(j)} {getattr(j, 'estimator', '')}".strip()
-            for n, j in (("reward", problem.reward), ("value", problem.value))
-        }
-        return {
-            "prompts": list(problem.denoiser.prompts),
-            "seed": problem.streams.seed,
-            "schedule": schedule,
-            "settings": config.settings(),
-            "judges": judges,
-            "shape": list(self.first.shape[1:]),
-        }
-
-    def _resume(self, path: Path) -> None:
-        """Continue the trees of a file.
-
-        One denoiser evaluation proves that it is of this model, and one finished latent per prompt that it is of this judge.
-        """
-        random = [True, *(std > 0 for std in self.stds)]
-        self.forest = Forest.load(path, self._identity(), random, self.rules, self.config.temperature)
-        with interruptible(self.problem):
-            x = self.first
-            prediction = self.problem.denoiser.predict(x, 0, self.problem.rows)
-        cost = self.problem.denoiser.evaluations_per_row
-        self.spent = [(e + cost, c) for e, c in self.spent]
-        mean = self.config.transition(prediction, self.schedule, 0, 1).mean.cpu().double()
-        assert self.forest.probe is not None
-        stored = self.forest.probe.double()
-        self.estimate = prediction.x0
-        if (mean - stored).abs().mean() > 0.02 * stored.abs().mean():
-            raise ValueError(
-                f"the tree file {path} was grown with another model: this one answers differently to the same noise. "
-                "Use the model it was grown with, or another tree_file"
-            )
-        self._prove_judge(path)
-
-    def _prove_judge(self, path: Path) -> None:
-        """Raise a ValueError if stored leaves do not get their rewards again."""
-        problem, forest = self.problem, self.forest
-        if not all(forest.clean):
-            return
-        leaves = [next(iter(store)) for store in forest.clean]
-        latents = torch.stack([store[leaf] for store, leaf in zip(forest.clean, leaves, strict=True)])
-        with interruptible(problem), torch.no_grad():
-            said = replace(problem, watch=None).final_rewards(latents.to(self.first.device), problem.rows)
-        if said is None:
-            return
-        self.spent = [(e + problem.final_cost, c + problem.final_calls) for e, c in self.spent]
-        for row, leaf in enumerate(leaves):
-            before, now = forest.rewards[row][forest.trees[row].leaves.index(leaf)], float(said[row])
-            if abs(now - before) > 0.02 * (_spread(forest.rewards[row]) + abs(before)):
-                raise ValueError(
-                    f"the tree file {path} was grown with another reward: a leaf of prompt {row} had {before:.4g} and now has "
-                    f"{now:.4g} (a reward that is normalised among what is judged together cannot be continued). Use the reward it was "
-                    "grown with, or another tree_file"
-                )
-
 
 def _std(transition: Transition, schedule: NoiseSchedule, level: int) -> float:
     """Standard deviation of a transition, which does not depend on the state."""
     zero = torch.zeros(1, 1)
     return transition(Prediction(zero, zero, zero, zero), schedule, level, level + 1).std
-
-
-def _spread(rewards: Sequence[float]) -> float:
-    """Standard deviation of rewards, 1 where there is none."""
-    if len(rewards) < 2:
-        return 1.0
-    return float(torch.tensor(rewards, dtype=torch.float64).std()) or 1.0

@@ -13,7 +13,7 @@ from rsm_guidance.core.forest import Forest
 from rsm_guidance.core.mixture import GaussianMixture
 from rsm_guidance.core.schedule import NoiseSchedule
 from rsm_guidance.core.transitions import Transition
-from rsm_guidance.samplers import growth
+from rsm_guidance.samplers import tree_file
 from rsm_guidance.samplers.tree import TreeSampling, TreeSearch
 from tests.samplers.tree_cases import BOTH, A, ids, problem, same
 
@@ -67,7 +67,7 @@ def test_a_killed_tree_goes_on_from_its_last_saving(tmp_path: Path, monkeypatch:
         states.append(path.read_bytes())
 
     monkeypatch.setattr(Forest, "save", recorded)
-    monkeypatch.setattr(growth, "_SAVE_EVERY", -1.0)
+    monkeypatch.setattr(tree_file, "_SAVE_EVERY", -1.0)
     TreeSampling(30, transition=A, tree_file=str(path)).sample(problem())
     assert len(states) == 5, "after the first simulation, and after each batch of eight"
     path.write_bytes(states[2])

@@ -153,6 +153,17 @@ class Problem:
         self.ledger.stop("budget")
         return False
 
+    def most(self, count: int, cost: Callable[[int], tuple[float, int]], least: int = 1) -> int:
+        """The largest number, at most `count`, whose cost the budget reaches for; `least` if for none above it.
+
+        `cost` gives denoiser evaluations and reward calls per image.
+        """
+        for number in range(count, least, -1):
+            evaluations, calls = cost(number)
+            if self.affords(evaluations * self.count, calls * self.count):
+                return number
+        return least
+
     def affordable(self, count: int, scores: int, extra: float = 0.0) -> int:
         """How many whole trajectories, of at most `count`, the budget reaches for.
 

@@ -78,7 +78,7 @@ class Funnel:
             problem.require_judge(self.name)
         problem.require_budget()
         schedule, trace, b = problem.denoiser.schedule, new_trace(self, problem), problem.count
-        alive = self._affordable(problem)
+        alive = problem.most(self.candidates, lambda count: self.cost(problem, count))
         kept = self.population(schedule.steps, alive)
         x = torch.cat([problem.initial(c) for c in range(alive)]) if alive > 1 else problem.initial(0)
         estimate: Tensor | None = None
@@ -105,10 +105,3 @@ class Funnel:
                 raise
             return finished(problem, estimate, trace)
         return finished_best(problem, x, rewards, trace)
-
-    def _affordable(self, problem: Problem) -> int:
-        for count in range(self.candidates, 1, -1):
-            evaluations, calls = self.cost(problem, count)
-            if problem.affords(evaluations * problem.count, calls * problem.count):
-                return count
-        return 1

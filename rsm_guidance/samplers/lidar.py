@@ -92,7 +92,7 @@ class Lidar:
 
         try:
             with interruptible(problem):
-                k = self._affordable(problem)
+                k = problem.most(self.candidates, lambda k: self._cost(problem, k))
                 if k > 1:
                     samples, rewards = self._look(problem, k, note)
                     trace["lookahead"] = {"rewards": rewards.tolist()}
@@ -146,12 +146,8 @@ class Lidar:
             velocity = None if velocity is None or p.velocity is None else torch.where(at, p.velocity, velocity)
         return Prediction(p.x, x0, eps, velocity)
 
-    def _affordable(self, problem: Problem) -> int:
+    def _cost(self, problem: Problem, k: int) -> tuple[float, int]:
+        """Denoiser evaluations and reward calls of one image with k lookahead samples."""
         denoiser = problem.denoiser
-        each = denoiser.evaluations_per_row
-        once = min(self.lookahead_steps, denoiser.steps) * each + problem.final_cost
-        for k in range(self.candidates, 1, -1):
-            evaluations = k * once + denoiser.steps * each + problem.final_cost
-            if problem.affords(evaluations * problem.count, (k + 1) * problem.final_calls * problem.count):
-                return k
-        return 1
+        levels = k * min(self.lookahead_steps, denoiser.steps) + denoiser.steps
+        return levels * denoiser.evaluations_per_row + (k + 1) * problem.final_cost, (k + 1) * problem.final_calls

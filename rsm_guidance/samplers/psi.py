@@ -215,7 +215,7 @@ class PsiSampler:
         problem.require_budget()
         trace = new_trace(self, problem)
         smc = self._smc()
-        k = next((k for k in range(self.particles, 0, -1) if problem.affords(*self._cost(problem, smc, k))), 0)
+        k = problem.most(self.particles, lambda k: self._cost(problem, smc, k), least=0)
         if k == 0:
             return smc.unguided(problem, trace)
         output = smc.steer(problem, lambda note: self._start(problem, k, trace, note), trace, self.gradient)
@@ -235,9 +235,9 @@ class PsiSampler:
         return group
 
     def _cost(self, problem: Problem, smc: TwistedSMC, k: int) -> tuple[float, int]:
-        """Denoiser evaluations and reward calls over all images."""
+        """Denoiser evaluations and reward calls of one image with k particles."""
         evaluations, calls = smc.cost(problem, k, self.gradient)
         if self.initial is not None:
             own = self.initial.cost(problem, k)
-            evaluations, calls = evaluations + own[0] * problem.count, calls + own[1] * problem.count
+            evaluations, calls = evaluations + own[0], calls + own[1]
         return evaluations, calls

@@ -93,7 +93,7 @@ class TwistedSMC:
         problem.require_budget()
         problem.denoiser.checkpointing = self.checkpoint
         trace = new_trace(self, problem)
-        k = next((k for k in range(self.particles, 0, -1) if problem.affords(*self.cost(problem, k))), 0)
+        k = problem.most(self.particles, lambda k: self.cost(problem, k), least=0)
         if k == 0:
             return self.unguided(problem, trace)
 
@@ -106,13 +106,12 @@ class TwistedSMC:
         return self.steer(problem, start, trace)
 
     def cost(self, problem: Problem, k: int, gradient: bool = True) -> tuple[float, int]:
-        """Denoiser evaluations and reward calls, over all images, of k particles."""
+        """Denoiser evaluations and reward calls of one image with k particles."""
         denoiser, value = problem.denoiser, problem.value
         assert value is not None
         judge = gradient_cost(problem, self.jacobian) if gradient else problem.value_cost
         evaluations = k * (denoiser.steps * (denoiser.evaluations_per_row + judge) + problem.final_cost)
-        calls = k * (denoiser.steps * value.reward_calls_per_row + problem.final_calls)
-        return evaluations * problem.count, calls * problem.count
+        return evaluations, k * (denoiser.steps * value.reward_calls_per_row + problem.final_calls)
 
     def unguided(self, problem: Problem, trace: dict[str, Any]) -> SamplerOutput:
         """The run where the budget does not reach for one particle."""

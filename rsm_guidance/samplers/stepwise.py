@@ -84,7 +84,7 @@ class StepwiseSampling:
         problem.require_budget()
         schedule = problem.denoiser.schedule
         trace = new_trace(self, problem)
-        runs = list(range(self._affordable_trajectories(problem)))
+        runs = list(range(problem.affordable(self.trajectories, 0)))
         rows = problem.rows.repeat(len(runs))  # latents are trajectory-major, [R * B, ...]
         estimate: Prediction | None = None
         try:
@@ -107,17 +107,6 @@ class StepwiseSampling:
         except Interrupted:
             return finished(problem, x[: problem.count], trace)
         return finished_best(problem, x, rewards, trace)
-
-    def _affordable_trajectories(self, problem: Problem) -> int:
-        """As many whole unguided trajectories as the budget reaches for, at most those asked for."""
-        denoiser = problem.denoiser
-        once = denoiser.schedule.steps * denoiser.evaluations_per_row + problem.final_cost
-        for count in range(self.trajectories, 1, -1):
-            calls = count * problem.final_calls
-            if problem.ledger.affords(count * once * problem.count, calls * problem.count, (calls + 1) * problem.count):
-                return count
-            problem.ledger.stop("budget")
-        return 1
 
     def competes(self, schedule: NoiseSchedule, level: int) -> bool:
         """Whether the children of `level` compete: they lie inside the window and the step is not deterministic."""

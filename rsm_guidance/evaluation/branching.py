@@ -216,13 +216,13 @@ def plot(result: dict[str, Any]) -> "Figure":
         axis.fill_between(sigma, low, high, color=colour, alpha=0.2, lw=0)
     left.axhline(result["fresh"][0], color="0.4", lw=1, ls="--", label="fresh starts for the bad runs' prompts")
     left.set(title="share of good images", ylim=(0, 1.02))
-    right.axhline(1, color="0.4", lw=1, ls="--")
-    right.set(title="good images per evaluation, relative to fresh starts", ylim=(0, None))
+    right.axhline(1, color="0.4", lw=1, ls="--", label="fresh starts = 1")
+    right.set(title="good images per evaluation", ylim=(0, None))
     for axis in (left, right):
         axis.set_xlabel("noise level sigma of the branch")
         axis.invert_xaxis()
         axis.grid(alpha=0.25)
-    left.legend(fontsize=8)
+        axis.legend(fontsize=8)
     return figure
 
 

@@ -5,6 +5,7 @@ from contextlib import closing
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.callbacks import SD3CFGCutoffCallback
 from torch import Tensor
 
 from rsm_guidance.engine import PipelineDenoiser
@@ -36,11 +37,15 @@ def test_pieces_halve_until_they_fit_and_the_size_is_remembered() -> None:
         MicroBatch(4)(lambda piece: 1 / 0, 4)
 
 
+@pytest.mark.parametrize("cutoff", [False, True], ids=["plain", "under a callback"])
 def test_a_denoiser_that_runs_out_of_memory_goes_on_in_smaller_batches(
-    guided: DiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+    guided: DiffusionPipeline, monkeypatch: pytest.MonkeyPatch, cutoff: bool
 ) -> None:
-    generators = [torch.Generator().manual_seed(i) for i in range(3)]
-    with torch.no_grad(), closing(PipelineDenoiser(guided, {"prompt": PROMPTS, **CALL, "generator": generators})) as d:
+    """Under a callback for one image a failure is explained as its own, but for this one."""
+    call = {"prompt": PROMPTS, **CALL, "generator": [torch.Generator().manual_seed(i) for i in range(3)]}
+    if cutoff:
+        call["callback_on_step_end"] = SD3CFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=3)
+    with torch.no_grad(), closing(PipelineDenoiser(guided, call)) as d:
         rows = torch.arange(3).repeat(3)
         x = torch.randn(9, *d.initial().shape[1:], generator=torch.Generator().manual_seed(9))
         whole, images = d.predict(x, 2, rows), d.decode(x, rows)

@@ -21,7 +21,6 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor
 
 from rsm_guidance.engine.families import denoisers_of, stock_call_of, traits_of, uses_guidance
-from rsm_guidance.engine.memory import out_of_memory
 
 
 @dataclass(frozen=True)
@@ -105,6 +104,31 @@ def _become(target: object, attributes: dict[str, Any]) -> None:
         del current[name]
 
 
+class _ForEveryRow(PipelineCallback):
+    """A callback that keeps the conditioning of every row.
+
+    diffusers' callbacks that switch guidance off keep the last row, `[-1:]`, which is all conditioning that a single image
+    has; of several images it is that of the last one only, under which the call fails or draws them all alike.
+    """
+
+    def __init__(self, stock: PipelineCallback | MultiPipelineCallbacks, rows: Callable[[], int]) -> None:
+        self._stock, self._rows = stock, rows
+
+    @property
+    def tensor_inputs(self) -> list[str]:
+        inputs: list[str] = self._stock.tensor_inputs
+        return inputs
+
+    def __call__(self, pipeline: Any, step_index: int, timestep: Tensor, callback_kwargs: dict[str, Any]) -> Any:
+        before, rows = dict(callback_kwargs), self._rows()
+        after = self._stock(pipeline, step_index, timestep, callback_kwargs)
+        for name, old in before.items():
+            new = after.get(name)
+            if isinstance(new, Tensor) and len(new) == 1 < rows <= len(old) and torch.equal(new, old[-1:]):
+                after[name] = old[-rows:]
+        return after
+
+
 class StockLoop:
     """One call of a stock pipeline, paused before its first step and at every `scheduler.step`.
 
@@ -135,12 +159,13 @@ class StockLoop:
         self._override = latents
         traits = traits_of(pipe)
         # diffusers' own callbacks change the run at certain steps, so they must see the steps that a jump passes, too.
-        replayed = self._replayed = isinstance(
-            call.get("callback_on_step_end"), PipelineCallback | MultiPipelineCallbacks
-        )
+        callback = call.get("callback_on_step_end")
+        replayed = isinstance(callback, PipelineCallback | MultiPipelineCallbacks)
         self._blank = min(skip, int(traits.blends)) if traits.interrupts and not replayed else skip
         self._jump = skip - self._blank
         self._call = dict(call)
+        if replayed:
+            self._call["callback_on_step_end"] = _ForEveryRow(callback, self._rows)
         for name in ("callback", "callback_on_step_end"):
             if self._blank and call.get(name) is not None and not replayed:
                 self._call[name] = self._callback(call[name])
@@ -211,6 +236,10 @@ class StockLoop:
 
     # --- inside the greenlet ---
 
+    def _rows(self) -> int:
+        assert self._latents is not None
+        return len(self._latents)
+
     def _pause(self, pause: Pause) -> Any:
         """Hand `pause` to whoever resumed the loop, and wait for the next latents."""
         parent = self._greenlet.parent
@@ -278,17 +307,6 @@ class StockLoop:
                 if self._override is not None:
                     warnings.simplefilter("ignore", FutureWarning)  # the first call has shown them
                 pause: Pause = self._greenlet.switch(latents) if started else self._greenlet.switch()
-        except RuntimeError as error:
-            rows = 0 if self._latents is None else len(self._latents)
-            if rows < 2 or not self._replayed or out_of_memory(error):
-                raise
-            callback = self._call["callback_on_step_end"]
-            names = [type(c).__name__ for c in getattr(callback, "callbacks", [callback])]
-            raise ValueError(
-                f"the call failed under {', '.join(names)} with {rows} latents at once ({error}). diffusers' cutoff callbacks "
-                "for Stable Diffusion and SDXL keep the conditioning of one latent only: derive one that keeps the second "
-                "half, prompt_embeds.chunk(2)[1], or leave it out"
-            ) from error
         finally:
             for counter in counters:
                 counter.remove()

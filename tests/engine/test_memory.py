@@ -41,7 +41,6 @@ def test_pieces_halve_until_they_fit_and_the_size_is_remembered() -> None:
 def test_a_denoiser_that_runs_out_of_memory_goes_on_in_smaller_batches(
     guided: DiffusionPipeline, monkeypatch: pytest.MonkeyPatch, cutoff: bool
 ) -> None:
-    """Under a callback for one image a failure is explained as its own, but for this one."""
     call = {"prompt": PROMPTS, **CALL, "generator": [torch.Generator().manual_seed(i) for i in range(3)]}
     if cutoff:
         call["callback_on_step_end"] = SD3CFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)
@@ -63,9 +62,11 @@ def test_a_denoiser_that_runs_out_of_memory_goes_on_in_smaller_batches(
 
         monkeypatch.setattr(guided.transformer, "forward", small)
         monkeypatch.setattr(guided.vae, "decode", few)
-        pieces = d.predict(x, 2, rows)
-        assert torch.allclose(pieces.x0, whole.x0, atol=1e-5) and pieces.x is x
-        assert pieces.velocity is not None and torch.allclose(pieces.velocity, whole.velocity, atol=1e-5)
+        again, before = x.clone(), d.ledger.denoiser_evaluations  # other latents, or the answer is known already
+        pieces = d.predict(again, 2, rows)
+        assert d.ledger.denoiser_evaluations > before
+        assert torch.allclose(pieces.x0, whole.x0, atol=1e-4) and pieces.x is again
+        assert pieces.velocity is not None and torch.allclose(pieces.velocity, whole.velocity, atol=1e-4)
         assert torch.allclose(d.decode(x, rows), images, atol=1e-5)
 
 

@@ -265,31 +265,32 @@ def test_pipeline_callbacks_hold_after_a_jump(name: str) -> None:
             assert torch.equal(again, states[level + 1]), level
 
 
-class CutoffForBatches(SDCFGCutoffCallback):
-    """As diffusers' own, whose `prompt_embeds[-1:]` is for one image only: samplers that jump evaluate several."""
-
-    def callback_fn(self, pipeline: Any, step_index: int, timestep: Tensor, callback_kwargs: dict[str, Any]) -> Any:
-        if step_index == self.config.cutoff_step_index:
-            callback_kwargs["prompt_embeds"] = callback_kwargs["prompt_embeds"].chunk(2)[1]
-            pipeline._guidance_scale = 0.0
-        return callback_kwargs
-
-
-@pytest.mark.parametrize("name", ["sd15", "sd3"])
+@pytest.mark.parametrize("name", list(CUTOFFS))
 def test_pipeline_callbacks_hold_under_a_sampler_that_jumps(name: str) -> None:
     pipe, call = build(name), ZOO[name].call() | {"seed": 0, "output_type": "np"}
     plain = pipe(**call, sampler=JUMPING, reward=redness)
-    callback = CutoffForBatches(cutoff_step_ratio=None, cutoff_step_index=1) if name == "sd15" else cutoff(name)
-    cut = pipe(**call, sampler=JUMPING, reward=redness, callback_on_step_end=callback)
+    cut = pipe(**call, sampler=JUMPING, reward=redness, callback_on_step_end=cutoff(name))
     assert cut.ledger.denoiser_evaluations < plain.ledger.denoiser_evaluations, "no guidance from the third step on"
     assert not np.array_equal(cut.images, plain.images)
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl"])
-def test_callbacks_for_one_image_only_say_so(name: str) -> None:
-    call = ZOO[name].call() | {"seed": 0, "output_type": "np", "callback_on_step_end": cutoff(name)}
-    with pytest.raises(ValueError, match=rf"under {type(cutoff(name)).__name__} with 2 latents at once"):
-        build(name)(**call, sampler=JUMPING, reward=redness)
+@torch.no_grad()
+@pytest.mark.parametrize("name", list(CUTOFFS))
+@pytest.mark.parametrize("several", [False, True])
+def test_pipeline_callbacks_keep_the_prompt_of_every_row(name: str, several: bool) -> None:
+    """diffusers' own keep the last row of the conditioning, for one image: with more they fail, or give all its prompt."""
+    callback = MultiPipelineCallbacks([cutoff(name)]) if several else cutoff(name)
+    prompts = ["a red cat", "two blue dogs, at night", "three green birds in a very old tree"]
+    call = ZOO[name].call() | {"prompt": prompts, "callback_on_step_end": callback}
+    with closing(PipelineDenoiser(build(name), call | {"generator": torch.Generator().manual_seed(0)})) as denoiser:
+        x = torch.randn(6, *denoiser.initial().shape[1:], generator=torch.Generator().manual_seed(1))
+        rows = torch.tensor([0, 1, 2, 2, 1, 0])
+        for level in (3, 1):
+            together = denoiser.predict(x, level, rows).x0
+            for i in range(6):
+                alone = denoiser.predict(x[i : i + 1].clone(), level, rows[i : i + 1]).x0
+                assert close(alone[0], together[i], 1e-3)
+        assert not close(together[0], together[5], 1e-3), "the latents differ"
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux", "sana", "wan", "sd15_inpaint", "sd3_inpaint"])

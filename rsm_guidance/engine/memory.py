@@ -11,11 +11,6 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 T = TypeVar("T")
 
 
-def out_of_memory(error: Exception) -> bool:
-    """Whether fewer rows at once may help."""
-    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
-
-
 @contextmanager
 def cast_weights_kept(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
     """Let gradients pass modules under layerwise casting, whose weights have eight bits again before the way back.
@@ -54,7 +49,7 @@ class MicroBatch:
             try:
                 results.append(call(piece))
             except Exception as error:
-                if not out_of_memory(error):
+                if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
                     raise
                 rows = piece.stop - start
                 if rows <= 1:

@@ -1,4 +1,4 @@
-"""diffusers' common pipeline tests, restated for reward-guided classes on the tiny pipelines of `tests/zoo.py`.
+"""diffusers' common pipeline tests, restated for reward-guided classes on the tiny pipelines of `tests/zoo/`.
 
 Upstream these are mixins (tests/pipelines/test_pipelines_common.py and, since 0.40, tests/pipelines/testing_utils/) that
 are in no package.  Here each is proven anew, and three ways at once: the stock class, our class without a sampler, and

@@ -99,15 +99,19 @@ class Ledger:
             self.stopped = why
 
     def finish(self) -> None:
-        """Stop the clock and read the peak memory: of the accelerator if one is used, else of the process."""
+        """Stop the clock and read the peak memory."""
         self._finished = time.perf_counter()
-        if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-            self.peak_memory_bytes = torch.cuda.max_memory_allocated()
-        else:
-            self.peak_memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self.peak_memory_bytes = peak_memory()
 
     def to_dict(self) -> dict[str, float | int | str | None]:
         """Totals over the whole call, JSON-serialisable."""
         names = [f.name for f in fields(self) if not f.name.startswith("_") and f.name != "budget"]
         totals = {k: v for k, v in asdict(self).items() if k in names}
         return totals | {"evaluations": self.evaluations, "seconds": self.seconds}
+
+
+def peak_memory() -> int:
+    """Most bytes so far: of the accelerator if one is used, else of the process."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,20 +1,27 @@
-"""What the engine costs beside the stock call: `rsm-guidance benchmark engine`."""
+"""What the engine costs beside the stock call: `rsm-guidance benchmark engine`.
+
+With `candidates`, also what step-wise sampling costs: K children of every state, scored by a frozen DRM of half the depth.
+"""
 
 import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
+from rsm_guidance.core.ledger import peak_memory
 from rsm_guidance.core.transitions import Transition
 from rsm_guidance.evaluation.files import write_json
 from rsm_guidance.evaluation.generate import load_pipeline
 from rsm_guidance.samplers import Sampler, StepwiseSampling, Unguided
 from rsm_guidance.shapes.model import model_path
+from rsm_guidance.values import DiffusionRewardModel
+from rsm_guidance.values.drm.backbones import backbone_of, denoiser_of
+from rsm_guidance.values.drm.trunk import block_names
 
 _FEW = 2
 
@@ -36,6 +43,10 @@ class EngineBenchmark:
         steps: denoising steps of the long call; what a call of 2 steps takes is subtracted.
         repeats: measurements, of which the median counts; the paths take turns.
         dtype: of the weights.
+        size: height and width of the images in pixels; None leaves the pipeline's own.
+        offload: diffusers' offloading of the pipeline, for accelerators; "model" moves one model at a time, "sequential" one
+            layer.
+        candidates: children per level of a guided path, >= 2; 0 leaves it out.
     """
 
     out: Path = Path("engine.json")
@@ -43,12 +54,17 @@ class EngineBenchmark:
     steps: int = 22
     repeats: int = 15
     dtype: str = "float32"
+    size: int | None = None
+    offload: Literal["none", "model", "sequential"] = "none"
+    candidates: int = 0
 
 
-def _seconds(pipe: DiffusionPipeline, sampler: Sampler | None, steps: int) -> float:
+def _seconds(pipe: DiffusionPipeline, guidance: dict[str, Any], steps: int, size: int | None) -> float:
     call: dict[str, Any] = {"prompt": "a red circle", "num_inference_steps": steps, "output_type": "latent", "seed": 0}
+    if size is not None:
+        call |= {"height": size, "width": size}
     start = _now()
-    pipe(**call, sampler=sampler)
+    pipe(**call, **guidance)
     return _now() - start
 
 
@@ -69,28 +85,59 @@ def run_engine_benchmark(config: EngineBenchmark) -> dict[str, Any]:
             f"the engine benchmark needs a model, more than {_FEW} steps and a repeat; got {len(config.models)} models, "
             f"{config.steps} steps, {config.repeats} repeats"
         )
-    result: dict[str, Any] = {"steps": config.steps, "repeats": config.repeats, "models": []}
+    if config.candidates == 1 or config.candidates < 0:
+        raise ValueError(f"candidates must be at least 2, or 0 to leave them out; got {config.candidates}")
+    if config.offload != "none" and not torch.cuda.is_available():
+        raise ValueError(f"offload={config.offload!r} moves models to an accelerator, and there is none here")
+    result: dict[str, Any] = {"steps": config.steps, "repeats": config.repeats, "dtype": config.dtype, "models": []}
+    result |= {"size": config.size, "offload": config.offload}
     for model in config.models:
         pipe = load_pipeline(model, config.dtype)
-        for sampler in PATHS.values():
-            _seconds(pipe, sampler, _FEW)
-        times: dict[str, list[float]] = {name: [] for name in PATHS}
+        paths = _paths(pipe, config)
+        if config.offload == "model":
+            pipe.to("cpu").enable_model_cpu_offload()
+        elif config.offload == "sequential":
+            pipe.to("cpu").enable_sequential_cpu_offload()
+        memory = {name: _memory(pipe, guidance, config.size) for name, guidance in paths.items()}
+        times: dict[str, list[float]] = {name: [] for name in paths}
         for _ in tqdm(range(config.repeats), desc=type(pipe).__name__):
-            for name, sampler in PATHS.items():
-                whole, start = _seconds(pipe, sampler, config.steps), _seconds(pipe, sampler, _FEW)
+            for name, guidance in paths.items():
+                whole, start = (_seconds(pipe, guidance, n, config.size) for n in (config.steps, _FEW))
                 times[name].append((whole - start) / (config.steps - _FEW))
         medians = {name: statistics.median(t) for name, t in times.items()}
-        paths = {name: {"seconds_per_step": t, "ratio": t / medians["stock"]} for name, t in medians.items()}
-        result["models"].append({"model": Path(model).name, "pipeline": type(pipe).__name__, "paths": paths})
+        figures = {
+            name: {"seconds_per_step": t, "ratio": t / medians["stock"], "peak_memory_bytes": memory[name]}
+            for name, t in medians.items()
+        }
+        result["models"].append({"model": Path(model).name, "pipeline": type(pipe).__name__, "paths": figures})
     write_json(config.out, result)
     return result
 
 
+def _paths(pipe: DiffusionPipeline, config: EngineBenchmark) -> dict[str, dict[str, Any]]:
+    """Arguments of the calls that are compared."""
+    paths: dict[str, dict[str, Any]] = {name: {"sampler": sampler} for name, sampler in PATHS.items()}
+    if config.candidates:
+        depth = len(block_names(denoiser_of(pipe), backbone_of(pipe))) // 2
+        drm = DiffusionRewardModel.from_pipeline(pipe, blocks=depth, adaptation="frozen")
+        guided = {"sampler": StepwiseSampling(candidates=config.candidates), "reward": drm}
+        paths[f"stepwise, K={config.candidates}, DRM of half the depth"] = guided
+    return paths
+
+
+def _memory(pipe: DiffusionPipeline, guidance: dict[str, Any], size: int | None) -> int:
+    """Peak memory of a short call, which also warms up: of the accelerator, else of the whole process so far."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    _seconds(pipe, guidance, _FEW, size)
+    return peak_memory()
+
+
 def engine_table(result: dict[str, Any]) -> str:
     """The result as a Markdown table."""
-    lines = ["| pipeline | path | ms per step | of stock |", "|---|---|---|---|"]
+    lines = ["| pipeline | path | ms per step | of stock | peak GB |", "|---|---|---|---|---|"]
     for model in result["models"]:
         for name, path in model["paths"].items():
-            time_of, ratio = 1000 * path["seconds_per_step"], path["ratio"]
-            lines.append(f"| {model['pipeline']} | {name} | {time_of:.2f} | {ratio:.3f} |")
+            time_of, memory = 1000 * path["seconds_per_step"], path["peak_memory_bytes"] / 1e9
+            lines.append(f"| {model['pipeline']} | {name} | {time_of:.2f} | {path['ratio']:.3f} | {memory:.2f} |")
     return "\n".join(lines)

@@ -245,12 +245,33 @@ def test_help_of_every_command_has_examples(command: str, capsys: pytest.Capture
 
 def test_benchmark_engine_writes_ratios(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "engine.json"
-    main(["benchmark", "engine", "--steps", "4", "--repeats", "1", "--out", str(out)])
+    main(
+        [
+            "benchmark",
+            "engine",
+            "--steps",
+            "4",
+            "--repeats",
+            "1",
+            "--candidates",
+            "3",
+            "--size",
+            "32",
+            "--out",
+            str(out),
+        ]
+    )
     [paths] = [m["paths"] for m in json.loads(out.read_text())["models"]]
-    assert paths["stock"]["ratio"] == 1 and len(paths) == 4
-    assert all(p["seconds_per_step"] > 0 for p in paths.values())
-    assert "| stepwise, K=1 |" in capsys.readouterr().out
-    assert "more than 2 steps" in fails(capsys, ["benchmark", "engine", "--steps", "2", "--out", str(out)])
+    assert paths["stock"]["ratio"] == 1 and len(paths) == 5
+    assert all(p["seconds_per_step"] > 0 and p["peak_memory_bytes"] > 1e8 for p in paths.values())
+    shown = capsys.readouterr().out
+    assert "| stepwise, K=1 |" in shown and "| stepwise, K=3, DRM of half the depth |" in shown
+    for options, words in (
+        (["--steps", "2"], "more than 2 steps"),
+        (["--candidates", "1"], "at least 2"),
+        (["--offload", "model"], "accelerator"),
+    ):
+        assert words in fails(capsys, ["benchmark", "engine", *options, "--out", str(out)])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """What the engine costs beside the stock call: `rsm-guidance benchmark engine`.
 
-With `candidates`, also what step-wise sampling costs: K children of every state, scored by a frozen DRM of half the depth.
+With `candidates`, also what step-wise sampling costs: K children of every state, scored by a frozen DRM that reads the middle block.
 """
 
 import statistics
@@ -118,10 +118,11 @@ def _paths(pipe: DiffusionPipeline, config: EngineBenchmark) -> dict[str, dict[s
     """Arguments of the calls that are compared."""
     paths: dict[str, dict[str, Any]] = {name: {"sampler": sampler} for name, sampler in PATHS.items()}
     if config.candidates:
-        depth = len(block_names(denoiser_of(pipe), backbone_of(pipe))) // 2
-        drm = DiffusionRewardModel.from_pipeline(pipe, blocks=depth, adaptation="frozen")
+        names = block_names(denoiser_of(pipe), backbone_of(pipe))
+        middle = "mid_block" if "mid_block" in names else names[len(names) // 2 - 1]
+        drm = DiffusionRewardModel.from_pipeline(pipe, taps=(middle,), adaptation="frozen")
         guided = {"sampler": StepwiseSampling(candidates=config.candidates), "reward": drm}
-        paths[f"stepwise, K={config.candidates}, DRM of half the depth"] = guided
+        paths[f"stepwise, K={config.candidates}, DRM to the middle"] = guided
     return paths
 
 

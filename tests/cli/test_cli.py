@@ -265,7 +265,7 @@ def test_benchmark_engine_writes_ratios(tmp_path: Path, capsys: pytest.CaptureFi
     assert paths["stock"]["ratio"] == 1 and len(paths) == 5
     assert all(p["seconds_per_step"] > 0 and p["peak_memory_bytes"] > 1e8 for p in paths.values())
     shown = capsys.readouterr().out
-    assert "| stepwise, K=1 |" in shown and "| stepwise, K=3, DRM of half the depth |" in shown
+    assert "| stepwise, K=1 |" in shown and "| stepwise, K=3, DRM to the middle |" in shown
     for options, words in (
         (["--steps", "2"], "more than 2 steps"),
         (["--candidates", "1"], "at least 2"),

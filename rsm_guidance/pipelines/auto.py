@@ -31,6 +31,8 @@ class RewardGuidedPipeline:
     def from_pretrained(cls, model: str | os.PathLike[str], **kwargs: Any) -> DiffusionPipeline:
         """Load a pipeline as its reward-guided class.
 
+        What was saved without a component (Stable Diffusion 3 without T5) loads without it; stock asks to be told so.
+
         Args:
             model: folder, or hub id (org/name).
             kwargs: those of the stock class's `from_pretrained`, except `custom_pipeline`.
@@ -40,11 +42,13 @@ class RewardGuidedPipeline:
         """
         if kwargs.get("custom_pipeline") is not None:
             raise ValueError(f"{cls.__name__} picks the class by itself; leave custom_pipeline out")
-        base: Any = stock_class(model, **{name: kwargs[name] for name in _WHERE if name in kwargs})[0]
+        base: Any
+        base, config = stock_class(model, **{name: kwargs[name] for name in _WHERE if name in kwargs})
         reason = why_not(base)
         if reason is not None:
             raise ValueError(f"{os.fspath(model)} is a {base.__name__}, which cannot be guided: {reason}")
-        pipe: DiffusionPipeline = reward_guided(base).from_pretrained(model, **kwargs)
+        absent = {name: None for name, entry in config.items() if entry in ([None, None], (None, None))}
+        pipe: DiffusionPipeline = reward_guided(base).from_pretrained(model, **absent | kwargs)
         return pipe
 
     @classmethod

@@ -34,6 +34,17 @@ def test_a_saved_pipeline_comes_back_as_its_reward_guided_class(stock: StableDif
     assert half.dtype == torch.bfloat16
 
 
+def test_what_was_saved_without_a_component_loads_without_it(tmp_path: Path) -> None:
+    parts = ZOO["sd3"].build().components | {"text_encoder_3": None, "tokenizer_3": None}
+    stock = StableDiffusion3Pipeline(**parts)
+    stock.save_pretrained(tmp_path)
+    pipe = rg.RewardGuidedPipeline.from_pretrained(tmp_path)
+    call = ZOO["sd3"].call() | {"generator": torch.Generator().manual_seed(0), "output_type": "np"}
+    assert pipe.text_encoder_3 is None and np.isfinite(pipe(**call, sampler="none").images).all()
+    again = rg.RewardGuidedPipeline.from_pretrained(tmp_path, tokenizer_3=ZOO["sd3"].build().tokenizer_3)
+    assert again.tokenizer_3 is not None, "what is given counts"
+
+
 @pytest.mark.parametrize("name", [n for n in ZOO if n != "qwenimage_edit"])  # whose stand-in processor is not saved
 def test_every_family_by_its_configuration(name: str, tmp_path: Path) -> None:
     pipe = ZOO[name].build()

@@ -10,7 +10,6 @@ its final reward reaches a bar.  Per level, over branches at that level:
   level: below 1 it is better to start anew.
 """
 
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +19,9 @@ import torch
 from scipy.stats import bootstrap
 from tqdm.auto import tqdm
 
-from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.core.transitions import Gaussian, Transition
-from rsm_guidance.engine import PipelineDenoiser
 from rsm_guidance.evaluation.files import write_atomically, write_json
-from rsm_guidance.evaluation.generate import Generation, load_pipeline
+from rsm_guidance.evaluation.generate import Generation, load_pipeline, watched
 from rsm_guidance.samplers import Problem
 from rsm_guidance.shapes import caption_set, model_path
 from rsm_guidance.values import DiffusionRewardModel, load_judge
@@ -91,16 +88,7 @@ def run_branching_benchmark(config: BranchingBenchmark) -> dict[str, Any]:
     tables: list[tuple[np.ndarray, np.ndarray]] = []
     for start in tqdm(range(0, len(prompts), config.batch_size), desc="branching", unit="batch"):
         batch = prompts[start : start + config.batch_size]
-        streams = RandomStreams.for_prompts(config.seed, batch)
-        generators = [streams.generator(r, "initial", 0) for r in range(len(batch))]
-        with (
-            torch.no_grad(),
-            torch.autocast(pipe.device.type, torch.bfloat16, enabled=config.autocast),
-            closing(
-                PipelineDenoiser(pipe, {"prompt": batch, **generation.call(), "generator": generators})
-            ) as denoiser,
-        ):
-            problem = Problem(denoiser, streams, denoiser.ledger, reward)
+        with watched(pipe, batch, generation, reward, config.seed, config.autocast) as (problem, denoiser):
             tables.append(_branched(problem, config))
             sigma = denoiser.schedule.sigma.tolist()
     good, branches = (

@@ -5,7 +5,6 @@ over runs of the value with the reward of the finished image, that within each c
 candidates of one prompt can use), and the bias, the mean difference of an estimate in the reward's units.
 """
 
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +15,9 @@ from tqdm.auto import tqdm
 
 from rsm_guidance.core.denoiser import Value
 from rsm_guidance.core.ledger import Ledger
-from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.core.transitions import Transition
-from rsm_guidance.engine import PipelineDenoiser
 from rsm_guidance.evaluation.files import write_atomically, write_json
-from rsm_guidance.evaluation.generate import Generation, load_pipeline
-from rsm_guidance.samplers import Problem
+from rsm_guidance.evaluation.generate import Generation, load_pipeline, watched
 from rsm_guidance.shapes import caption_set, model_path
 from rsm_guidance.values import DiffusionRewardModel, DRMValue, EstimatedValue, Lookahead, Smoothed, Tweedie, load_judge
 
@@ -86,21 +82,10 @@ def run_values_benchmark(config: ValuesBenchmark) -> dict[str, Any]:
     prompts = [c.text for c in caption_set(config.captions, 0)]
     for start in tqdm(range(0, len(prompts), config.batch_size), desc="values", unit="batch"):
         batch = prompts[start : start + config.batch_size]
-        streams = RandomStreams.for_prompts(config.seed, batch)
-        call = {
-            "prompt": batch,
-            **generation.call(),
-            "generator": [streams.generator(r, "initial", 0) for r in range(len(batch))],
-        }
-        with (
-            torch.no_grad(),
-            torch.autocast(pipe.device.type, torch.bfloat16, enabled=config.autocast),
-            closing(PipelineDenoiser(pipe, call)) as denoiser,
-        ):
-            problem = Problem(denoiser, streams, denoiser.ledger, reward)
+        with watched(pipe, batch, generation, reward, config.seed, config.autocast) as (problem, denoiser):
             estimators: dict[str, Value] = {
                 "Tweedie": EstimatedValue(denoiser, reward, Ledger(), Tweedie()),
-                "smoothed, 4": EstimatedValue(denoiser, reward, Ledger(), Smoothed(4), streams),
+                "smoothed, 4": EstimatedValue(denoiser, reward, Ledger(), Smoothed(4), problem.streams),
                 "lookahead, 2": EstimatedValue(denoiser, reward, Ledger(), Lookahead(2)),
                 "lookahead, 4": EstimatedValue(denoiser, reward, Ledger(), Lookahead(4)),
                 "DRM": DRMValue(drm, denoiser, Ledger(), denoiser.token_grid),

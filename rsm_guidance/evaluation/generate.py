@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +13,14 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
+from rsm_guidance.core.denoiser import Reward
 from rsm_guidance.core.ledger import Budget
-from rsm_guidance.core.random import derive_seed
+from rsm_guidance.core.random import RandomStreams, derive_seed
 from rsm_guidance.engine import PipelineDenoiser
 from rsm_guidance.evaluation.fitting import Costs
 from rsm_guidance.pipelines import RewardGuidedPipeline
 from rsm_guidance.rewards import judged, name_of
-from rsm_guidance.samplers import Sampler
+from rsm_guidance.samplers import Problem, Sampler
 from rsm_guidance.shapes.model import GUIDANCE_SCALE, STEPS, model_path
 from rsm_guidance.values import DiffusionRewardModel, Judge
 
@@ -117,6 +118,26 @@ def generate(
                 Sample(i, p, image, r, cost, seconds, out.trace)
                 for i, p, image, r in zip(chosen, batch, out.images, rewards, strict=True)
             ]
+
+
+@contextmanager
+def watched(
+    pipe: DiffusionPipeline,
+    prompts: list[str],
+    generation: Generation,
+    reward: Reward,
+    seed: int = 0,
+    autocast: bool = False,
+) -> Iterator[tuple[Problem, PipelineDenoiser]]:
+    """The problem that a call for these prompts poses, and its denoiser, to follow runs from within; without gradients."""
+    streams = RandomStreams.for_prompts(seed, prompts)
+    generators = [streams.generator(row, "initial", 0) for row in range(len(prompts))]
+    with (
+        torch.no_grad(),
+        torch.autocast(pipe.device.type, torch.bfloat16, enabled=autocast),
+        closing(PipelineDenoiser(pipe, {"prompt": prompts, **generation.call(), "generator": generators})) as denoiser,
+    ):
+        yield Problem(denoiser, streams, denoiser.ledger, reward), denoiser
 
 
 def copies_of(prompts: list[str]) -> list[int]:

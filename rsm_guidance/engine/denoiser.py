@@ -145,7 +145,13 @@ class PipelineDenoiser:
             self._restart(self._call_for(wanted, list(generators)), wanted, start)
         elif start is not None:
             self._restart(self._call_for(wanted, self._draws.again(wanted, self._base)), wanted, start)
-        elif self._loop is None or self._level or self._step is not None or self._rows != self._base:
+        elif (
+            self._loop is None
+            or not self._loop.alive
+            or self._level
+            or self._step is not None
+            or self._rows != self._base
+        ):
             self._restart(
                 self._call_for(self._base, self._draws.again(self._base, self._base)), self._base, self._initial
             )
@@ -289,14 +295,10 @@ class PipelineDenoiser:
         return pause
 
     def _still_holds(self, x: Tensor) -> bool:
-        """Whether what was computed for x is what would be computed now: x unchanged, and a graph where one is due."""
+        """Whether what was computed for x is what would be computed now: x unchanged, and no graph, which serves once."""
         assert self._step is not None
-        graph_due = torch.is_grad_enabled() and x.requires_grad
-        return (
-            self._step.following is None
-            and x._version == self._version
-            and graph_due == self._step.model_output.requires_grad
-        )
+        graph = self._step.model_output.requires_grad or (torch.is_grad_enabled() and x.requires_grad)
+        return self._step.following is None and x._version == self._version and not graph
 
     def _resume(self, x: Tensor | None) -> Pause:
         assert self._loop is not None

@@ -18,8 +18,6 @@ from torch.nn.functional import logsigmoid
 from rsm_guidance.core.denoiser import Reward
 from rsm_guidance.rewards.base import name_of
 
-_FLAT = 1e-12  # standard deviation of rewards that do not differ
-
 
 @dataclass(frozen=True)
 class Term:
@@ -110,8 +108,8 @@ def normalized(scores: Tensor, prompts: list[str], how: Literal["none", "zscore"
         index = torch.tensor([i for i, p in enumerate(prompts) if p == prompt], device=scores.device)
         group = scores[index]
         if how == "zscore":
-            spread = group.std(correction=0)
-            scaled = (group - group.mean()) / torch.where(spread > _FLAT, spread, 1.0)
+            differ = bool(group.amax() > group.amin())
+            scaled = (group - group.mean()) / group.std(correction=0) if differ else group - group
         else:
             below = (group[:, None] > group).sum(1) + 0.5 * ((group[:, None] == group).sum(1) - 1)
             scaled = below.to(scores) / max(1, len(group) - 1)

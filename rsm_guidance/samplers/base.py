@@ -105,13 +105,12 @@ class Problem:
         reward = self.reward
         if reward is None and self.value is None:
             return None
-        prompts = [self.denoiser.prompts[r] for r in rows.tolist()]
         if reward is None:
             scores = self.values(x0, self.denoiser.steps, rows)
-            if self.watch is not None and self.ledger.affords(decodes=len(x0) + self.count):
-                self.watch.see(self.denoiser.decode(x0, rows), prompts, rows, scores)
+            self.show(x0, rows, scores)
             return scores
         self.ledger.reward_calls += len(x0)
+        prompts = [self.denoiser.prompts[r] for r in rows.tolist()]
         images: list[Tensor] = []
 
         def judge() -> Tensor:
@@ -119,9 +118,19 @@ class Problem:
             return reward(images[0], prompts)
 
         scores = judged(judge, len(x0), name_of(reward))
-        if self.watch is not None:
-            self.watch.see(images[0], prompts, rows, scores)
+        self.show(x0, rows, scores, images[0])
         return scores
+
+    def show(self, x0: Tensor, rows: Tensor, scores: Tensor, images: Tensor | None = None) -> None:
+        """Let the monitor see finished latents [R, ...] and what the guide says of them [R].
+
+        Without their `images` they are decoded, if the budget has decodes for it.
+        """
+        if self.watch is None or (images is None and not self.ledger.affords(decodes=len(x0) + self.count)):
+            return
+        with torch.no_grad():
+            images = self.denoiser.decode(x0, rows) if images is None else images.detach()
+            self.watch.see(images, [self.denoiser.prompts[r] for r in rows.tolist()], rows, scores)
 
     def require_judge(self, sampler: str) -> None:
         """Raise a ValueError if there is nothing to compare candidates with."""

@@ -19,7 +19,7 @@ that the row has met, the prior's in units of sqrt(d), the sum is clipped to len
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -206,11 +206,14 @@ class _Climb:
         if not exact:
             return problem.final_rewards(x0, problem.rows)
         graph: list[Tensor] = []
+        images: Tensor | None = None
 
         def judge() -> Tensor:
+            nonlocal images
             if problem.reward is not None:
                 problem.ledger.reward_calls += len(x0)
-                graph.append(problem.reward(problem.denoiser.decode(x0, problem.rows), problem.denoiser.prompts))
+                images = problem.denoiser.decode(x0, problem.rows)
+                graph.append(problem.reward(images, problem.denoiser.prompts))
             else:
                 assert problem.value is not None
                 graph.append(problem.value(x0, problem.denoiser.steps, problem.rows))
@@ -224,6 +227,7 @@ class _Climb:
                 f"{name} is not differentiable: its scores carry no gradient; use gradient='zeroth-order', or a sampler "
                 "without gradients (noise-search, best-of-n)"
             )
+        problem.show(x0.detach(), problem.rows, checked.detach(), images)
         return checked
 
     def _keep_best(self, x: Tensor, rewards: Tensor | None) -> None:
@@ -298,7 +302,8 @@ class _Climb:
         size = self.config.smoothing * x0.flatten(1).double().square().mean(1).sqrt().clamp(min=1e-6)
         shift = scaled(u.transpose(0, 1), size).transpose(0, 1).to(x0)
         points = torch.cat([(x0 + shift).flatten(0, 1), (x0 - shift).flatten(0, 1)])
-        rewards = problem.final_rewards(points, problem.rows.repeat(2 * len(pairs)))
+        unwatched = replace(problem, watch=None)  # these points are no results
+        rewards = unwatched.final_rewards(points, problem.rows.repeat(2 * len(pairs)))
         assert rewards is not None
         up, down = rewards.view(2, len(pairs), len(x0))
         slope = ((up - down).to(size) / (2 * size)).to(x0)

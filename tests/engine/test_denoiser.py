@@ -84,17 +84,6 @@ def test_gradient_flows_through_predict_and_follows_the_callers_mode(stock: Stab
         assert torch.is_grad_enabled()
 
 
-def test_a_cached_prediction_is_not_served_for_other_latents(stock: StableDiffusion3Pipeline) -> None:
-    with closing(PipelineDenoiser(stock, call())) as denoiser:
-        x = denoiser.initial().clone()
-        with torch.no_grad():
-            first = denoiser.predict(x, 0).x0
-            assert torch.equal(denoiser.predict(x, 0).x0, first)
-            x += 1
-            assert not torch.equal(denoiser.predict(x, 0).x0, first)
-        assert denoiser.predict(x.requires_grad_(), 0).x0.requires_grad
-
-
 @torch.no_grad()
 def test_abandoned_loop_leaves_no_trace(stock: StableDiffusion3Pipeline) -> None:
     reference = stock(**call()).images

@@ -1,6 +1,7 @@
 """Memory that runs out, and gradients that recompute."""
 
 from contextlib import closing
+from typing import Any
 
 import pytest
 import torch
@@ -64,7 +65,9 @@ def test_a_denoiser_that_runs_out_of_memory_goes_on_in_smaller_batches(
         monkeypatch.setattr(guided.vae, "decode", few)
         again, before = x.clone(), d.ledger.denoiser_evaluations  # other latents, or the answer is known already
         pieces = d.predict(again, 2, rows)
-        assert d.ledger.denoiser_evaluations > before
+        tried = 9 if cutoff else 18  # then pieces of 4, 4 and 1; or of 8 at most without guidance
+        spent = 9 if cutoff else 18
+        assert d.ledger.denoiser_evaluations - before == tried + spent
         assert torch.allclose(pieces.x0, whole.x0, atol=1e-4) and pieces.x is again
         assert pieces.velocity is not None and torch.allclose(pieces.velocity, whole.velocity, atol=1e-4)
         assert torch.allclose(d.decode(x, rows), images, atol=1e-5)
@@ -89,22 +92,41 @@ def test_checkpointed_gradients_are_the_same_and_the_models_are_left_as_they_wer
     assert not denoiser_module.is_gradient_checkpointing and not pipe.vae.is_gradient_checkpointing
 
 
-def test_checkpointing_recomputes(guided: DiffusionPipeline) -> None:
-    """The denoiser's blocks run again on the way back: twice as often as without."""
+@pytest.mark.parametrize("name", ["sd15", "sd3", "flux"])
+def test_denoiser_and_decoder_run_again_on_the_way_back(name: str) -> None:
+    pipe, counts = ZOO[name].build(), []
+    block = pipe.unet.down_blocks[0].resnets[0] if name == "sd15" else pipe.transformer.transformer_blocks[0]
+    for checkpointing in (False, True):
+        calls: list[str] = []
+        hooks = [
+            module.register_forward_pre_hook(lambda *_, which=which, calls=calls: calls.append(which))
+            for which, module in (("decoder", pipe.vae.decoder.mid_block.resnets[0]), ("denoiser", block))
+        ]
+        with closing(PipelineDenoiser(pipe, ZOO[name].call() | {"generator": torch.Generator().manual_seed(0)})) as d:
+            d.checkpointing = checkpointing
+            x = d.initial().detach().requires_grad_()
+            torch.autograd.grad(d.decode(d.predict(x, 0).x0).sum(), x)
+        for hook in hooks:
+            hook.remove()
+        counts.append([calls.count(which) for which in ("decoder", "denoiser")])
+    assert counts[1] == [2 * n for n in counts[0]] and min(counts[0]) > 0
+
+
+@pytest.mark.parametrize("kind", [RewardGradient, TwistedSMC])
+def test_checkpointing_recomputes(guided: DiffusionPipeline, kind: Any) -> None:
+    """The denoiser's blocks run again on the way back, and the reward with the decoder before it."""
     counts = []
     block = guided.transformer.transformer_blocks[0]
+
+    def redness(images: Tensor, prompts: list[str]) -> Tensor:
+        return (images[:, 0] - images[:, 2]).mean((1, 2))
+
     for checkpointing in (False, True):
         calls: list[int] = []
         hook = block.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        for sampler in (RewardGradient(0.2, checkpoint=checkpointing), TwistedSMC(2, checkpoint=checkpointing)):
-            out = guided(
-                PROMPTS[:1],
-                sampler=sampler,
-                seed=0,
-                reward=lambda images, prompts: (images[:, 0] - images[:, 2]).mean((1, 2)),
-                **CALL,
-            )
-            assert out.rewards is not None
+        sampler = kind(0.2 if kind is RewardGradient else 2, checkpoint=checkpointing)
+        out = guided(PROMPTS[:1], sampler=sampler, seed=0, reward=redness, **CALL)
         hook.remove()
+        assert out.rewards is not None
         counts.append(len(calls))
     assert counts[1] > 1.4 * counts[0]

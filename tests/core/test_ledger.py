@@ -86,6 +86,10 @@ def test_the_first_reason_stays() -> None:
     ledger.stop("deadline")
     ledger.stop("budget")
     assert ledger.stopped == "deadline"
+    thinned = Ledger()
+    for why in ("budget", "deadline", "interrupted"):
+        thinned.stop(why)
+    assert thinned.stopped == "deadline", "a budget that thinned the search is not what ended it"
 
 
 def test_totals_are_json() -> None:

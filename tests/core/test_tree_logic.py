@@ -128,3 +128,31 @@ def test_restored_trees_are_equal_and_nonsense_is_refused() -> None:
     for parent in ([], [0], [-1, 0, 1], [-1, 5], [-1, 0, 1, 2, 3, 4]):
         with pytest.raises(ValueError):
             Tree.restore(tree.random, parent, known, *args)
+
+
+def test_a_prior_counts_as_many_rollouts_as_it_is_given() -> None:
+    tree = Tree([True] * 3)
+    for weight in (0.3, -1.0):
+        first = tree.plan(Boltzmann(), Widening(9.0, 1.0), lambda: 0.5)
+        assert first is not None
+        tree.complete(tree.chain(first)[-1], weight)
+    tree.prior[0] = 1.5
+    expected = math.log((2 * math.exp(tree.value[0]) + 3 * math.exp(1.5)) / 5)
+    assert tree._selected(0, 0.0, 3.0) == pytest.approx(expected)
+
+
+def test_restarts_follow_priors() -> None:
+    tree = Tree([True, True, False])
+    for _ in range(2):
+        tree.complete(tree.chain(tree.plan_at(0, 0.0, 0.9))[-1], 0.0)
+    tree.prior[tree.branch[0]] = 5.0
+    _, chances, _ = tree.restarts(0.5, 1.0, 0.2)
+    assert chances[0] > chances[1]
+
+
+def test_undoing_takes_back_all_that_a_plan_noted() -> None:
+    tree, wide = Tree([True] * 3), Widening(9.0, 1.0)
+    tree.plan(Boltzmann(), wide, lambda: 0.5)
+    tree.plan(Boltzmann(), wide, lambda: 0.5)
+    tree.undo(wide)
+    assert len(tree.importance) == len(tree.branch) == len(tree.leaves) == 1

@@ -225,3 +225,12 @@ def test_bad_input() -> None:
         PipelineDenoiser(diffusers.StableCascadeCombinedPipeline.__new__(diffusers.StableCascadeCombinedPipeline), {})
     with pytest.raises(ValueError, match="another latent space"):
         build("flux")(**ZOO["flux"].call(), seed=0, sampler="stepwise", reward="shapes-drm")
+
+
+@pytest.mark.parametrize("cap", [3, 4, 7])
+@pytest.mark.parametrize("sampler", [rg.StepwiseSampling(3), rg.SVDD(3), rg.TwistedSMC(3)], ids=lambda s: s.name)
+def test_a_cap_on_decodes_holds_with_the_last_one(guided: DiffusionPipeline, sampler: Any, cap: int) -> None:
+    out = guided(
+        "a red star", num_inference_steps=4, seed=0, sampler=sampler, reward=redness, budget=rg.Budget(decodes=cap)
+    )
+    assert out.ledger.decodes <= cap

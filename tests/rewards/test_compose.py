@@ -99,3 +99,24 @@ def test_texts_with_weights_are_composites_of_known_rewards(drm: rg.DiffusionRew
 def test_bad_input_is_refused(make: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def test_floors_are_of_the_plain_reward() -> None:
+    r, prompts = red(IMAGES, PROMPTS), ["a"] * 4
+    floor = float(r.median())
+    kept = Composite((Term(red, floor=floor),), normalize="zscore", penalty=10.0)(IMAGES, prompts)
+    z = (r - r.mean()) / r.std(correction=0)
+    assert torch.allclose(kept, z - 10 * (floor - r).clamp(min=0), atol=1e-5)
+
+
+def test_windows_include_their_ends() -> None:
+    composite = Composite((Term(red, window=(0.0, 0.4)), Term(red, window=(0.4, 1.0))))
+    assert [len(composite.at(progress).terms) for progress in (0.0, 0.4, 1.0)] == [1, 2, 1]
+
+
+@pytest.mark.parametrize("value", [0.1, 0.3, 7.7])
+def test_equal_scores_have_standard_score_zero_and_a_gradient(value: float) -> None:
+    scores = torch.full((7,), value, requires_grad=True)
+    standard = normalized(scores, ["a"] * 7, "zscore")
+    assert standard.tolist() == [0.0] * 7
+    assert torch.autograd.grad(standard.sum(), scores)[0].isfinite().all()

@@ -56,3 +56,26 @@ def test_it_watches_through_the_pipeline(guided: DiffusionPipeline, drm: rg.Diff
         guided(**call, monitor="shapes-verifier")
     with pytest.raises(ValueError, match="patience must be at least 1"):
         Monitor(drm.score_images, 0)
+
+
+def test_watching_respects_the_budget(guided: DiffusionPipeline, drm: rg.DiffusionRewardModel) -> None:
+    call = {"prompt": "a red star", "num_inference_steps": 3, "seed": 0, "monitor": "shapes-verifier"}
+    out = guided(**call, sampler=BestOfN(6, batch_rows=1), reward=drm, budget=rg.Budget(decodes=3))
+    assert out.ledger.decodes <= 3 and len(out.trace["monitor"]["history"]) == 2
+
+
+@pytest.mark.parametrize("gradient", ["exact", "zeroth-order"])
+@pytest.mark.parametrize("kind", ["reward", "drm"])
+def test_of_noise_optimisation_it_sees_every_result_and_no_probe(
+    guided: DiffusionPipeline, drm: rg.DiffusionRewardModel, gradient: Any, kind: str
+) -> None:
+    def redness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        return (images[:, 0] - images[:, 2]).mean((1, 2))
+
+    out = guided(
+        "a red star", num_inference_steps=2, seed=0, reward=redness if kind == "reward" else drm, monitor="shapes-verifier",
+        sampler=rg.NoiseOptimization(iterations=3, gradient=gradient),
+    )  # fmt: skip
+    history = out.trace["monitor"]["history"]
+    assert len(history) == len(out.trace["candidates"]["rewards"][0]) == 4
+    assert history[-1]["guide"] == pytest.approx(out.rewards)

@@ -67,7 +67,7 @@ def test_best_of_n_matches_the_expected_maximum() -> None:
 def test_stepwise_with_the_exact_value_beats_unguided_and_grows_with_k() -> None:
     scores = [mean_reward(StepwiseSampling(k, ANCESTRAL)) for k in (1, 2, 6)]
     assert scores[0] == pytest.approx(mean_reward(Unguided(ANCESTRAL)))
-    assert scores[0] < scores[1] - 2 < scores[2]
+    assert scores[0] + 2 < scores[1] < scores[2]
 
 
 def test_window_and_initial_noises_restrict_the_choice() -> None:
@@ -84,7 +84,7 @@ def test_temperature_interpolates_between_random_and_greedy() -> None:
     warm = mean_reward(StepwiseSampling(4, ANCESTRAL, temperature=1.0))
     hot = mean_reward(StepwiseSampling(4, ANCESTRAL, temperature=1e6))
     unguided = mean_reward(Unguided(ANCESTRAL))
-    assert greedy >= warm > hot - 0.5
+    assert greedy >= warm > hot + 1.5
     assert hot == pytest.approx(unguided, abs=1.5)
 
 

@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
+import rsm_guidance as rg
 from rsm_guidance.core.mixture import (
     expected_reward,
     tilt,
 )
 from rsm_guidance.core.random import RandomStreams
-from rsm_guidance.core.schedule import Prediction
+from rsm_guidance.core.schedule import NoiseSchedule, Prediction
 from rsm_guidance.core.transitions import Transition
 from rsm_guidance.samplers import (
     SVDD,
@@ -24,6 +25,7 @@ from rsm_guidance.samplers import (
     TwistedSMC,
     Unguided,
 )
+from rsm_guidance.samplers.psi import CrankNicolson
 from tests.samplers.cases import (
     ANCESTRAL,
     CASES,
@@ -278,3 +280,26 @@ def test_budgets_interruptions_and_bad_input() -> None:
             FKSteering(**options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="block must be at least 1"):
         SVDD(block=0)
+
+
+@pytest.mark.parametrize("chain", [False, True])
+@pytest.mark.parametrize("name", ["fk-steering", "smc", "psi"])
+def test_final_weights_are_those_of_the_tempered_reward(name: str, chain: bool) -> None:
+    """Without resampling, and less what the chain of starts has paid for; on noise that is not pure, where values differ."""
+    options: dict[str, Any] = {"temperature": 0.5, "threshold": 1e-6, "transition": ANCESTRAL}
+    if name == "psi":
+        options["initial"] = CrankNicolson(2, 2, 1) if chain else None
+    task = problem("ring", NoiseSchedule.variance_preserving(8, start=0.3) if chain else SHORT, 4)
+    if name == "smc":
+        task.value = ConstantValue()  # proposes as the base model does
+    trace = rg.make_sampler(name, particles=8, **options).sample(task).trace
+    rewards, weights = (torch.tensor(trace["candidates"][k], dtype=torch.float64) for k in ("rewards", "log_weights"))
+    paid = torch.tensor(trace["chain"]["values"]) if "chain" in trace else 0.0
+    assert torch.allclose(weights, ((rewards - paid) / 0.5).log_softmax(-1), atol=1e-4)
+
+
+def test_a_cold_draw_of_svdd_is_greedy() -> None:
+    greedy, cold = (SVDD(4, temperature=t, transition=ANCESTRAL) for t in (0.0, 1e-9))
+    assert torch.equal(
+        cold.sample(problem("ring", SHORT, 20)).latents, greedy.sample(problem("ring", SHORT, 20)).latents
+    )

@@ -11,6 +11,7 @@ from rsm_guidance.core.mixture import tilt
 from rsm_guidance.core.schedule import Prediction
 from rsm_guidance.core.transitions import Transition
 from rsm_guidance.samplers import RewardGradient, Unguided
+from rsm_guidance.samplers.gradients import value_and_gradient
 from tests.samplers.cases import ANCESTRAL, CASES, SCHEDULES, SHORT, ConstantValue, problem
 
 CPS = Transition("cps", 0.9)
@@ -154,3 +155,30 @@ def test_plain_scale_is_bounded_and_broken_gradients_back_off() -> None:
     assert output.latents.isfinite().all()
     last = output.trace["levels"][-1]["strength"]
     assert [row[0] for row in last] == [0.2, 0.1, 0.2, 0.2]
+
+
+def test_the_direct_gradient_is_that_of_the_reward_at_the_estimate() -> None:
+    task = problem("ring", SHORT, 3, exact=False)
+    prediction, _, gradient = value_and_gradient(task, task.initial(0), 3, task.rows, jacobian=False)
+    x0 = prediction.x0.clone().requires_grad_()
+    (direct,) = torch.autograd.grad(CASES["ring"][1](x0).sum(), x0)
+    assert torch.allclose(gradient, direct / SHORT.coefficients(3)[0])
+
+
+@pytest.mark.parametrize(("push", "strength"), [("mean", 0.3), ("drift", 0.3), ("noise", 0.6)])
+def test_pushes_follow_their_formulas(push: Any, strength: float) -> None:
+    task = problem("ring", SHORT, 3)
+    x, level = task.initial(0), 3
+    prediction = task.denoiser.predict(x, level)
+    gaussian = ANCESTRAL(prediction, SHORT, level, level + 1)
+    g = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
+    scale = torch.full((3,), strength, dtype=torch.float64)
+    pushed = RewardGradient(strength, push, transition=ANCESTRAL)._push(task, prediction, g, scale, level, 0, [0])
+    plain = task.step(gaussian, level, [0])
+    d = g / g.square().mean(1, keepdim=True).sqrt()
+    expected = {
+        "mean": plain + strength * gaussian.std * d,
+        "drift": plain + strength * g / g.norm(dim=1, keepdim=True),
+        "noise": gaussian.mean + (1 - strength**2) ** 0.5 * (plain - gaussian.mean) + strength * gaussian.std * d,
+    }[push]
+    assert torch.allclose(pushed, expected, atol=1e-5)

@@ -137,3 +137,27 @@ def test_an_adapter_is_on_for_looking_ahead_alone() -> None:
     assert np.array_equal(pipe(**call, sampler="none").images, unguided), "switched off again"
     scores = [[level["scores"] for level in o.trace["levels"]] for o in (plain, out)]
     assert not np.allclose(scores[0], scores[1], atol=1e-7), "the adapter changed what was seen ahead"
+
+
+@pytest.mark.parametrize("estimator", [Tweedie(), Smoothed(4), Lookahead(2)])
+def test_rows_are_judged_for_their_own_prompts(estimator: Any) -> None:
+    prompts = ["a", "b"]
+
+    def reward(x: Tensor, asked: list[str]) -> Tensor:
+        return REWARD(x) + 100 * torch.tensor([prompt == "b" for prompt in asked])
+
+    denoiser = GaussianMixtureDenoiser(MIXTURE, NoiseSchedule.flow(6), prompts)
+    judge = EstimatedValue(denoiser, reward, Ledger(), estimator, RandomStreams.for_prompts(0, prompts))
+    x, rows = torch.tensor([[0.3], [-0.4], [1.0]], dtype=torch.float64), torch.tensor([0, 1, 1])
+    alone = [judge(x[i : i + 1], 3, rows[i : i + 1]) for i in range(3)]
+    assert torch.allclose(judge(x, 3, rows), torch.cat(alone))
+
+
+def test_terms_count_within_their_windows() -> None:
+    denoiser = GaussianMixtureDenoiser(MIXTURE, NoiseSchedule.flow(6), ["a"])
+    early = rg.Term(lambda x, p: x[:, 0], window=(0.0, 0.4))
+    late = rg.Term(lambda x, p: 10 + x[:, 0], window=(0.6, 1.0))
+    judge = EstimatedValue(denoiser, rg.Composite((early, late)), Ledger())
+    x, rows = torch.tensor([[0.3]], dtype=torch.float64), torch.tensor([0])
+    assert torch.allclose(judge(x, 1, rows), denoiser.predict(x, 1).x0[:, 0])
+    assert torch.allclose(judge(x, 6, rows), 10 + x[:, 0])

@@ -26,7 +26,8 @@ def _parse(arguments: list[str]) -> Any:
     commands = {"sample": Sample, "compare": Compare, "score": Score, "evaluate": Evaluate, "families": Families}
     description = (
         "Reward guidance for diffusion and flow pipelines. Besides the commands below: "
-        "`train reward` and `train base`; `benchmark samplers`, `judges`, `engine`, `values`, `exactness` and `branching`; each with --help."
+        "`train reward` and `train base`; `benchmark samplers`, `judges`, `engine`, `values`, `exactness` and `branching`; "
+        "each with --help."
     )
     return tyro.extras.subcommand_cli_from_dict(commands, prog=_PROGRAM, description=description, args=arguments)
 

@@ -198,7 +198,8 @@ class Problem:
     ) -> Tensor:
         """Sample a transition for rows candidate by candidate: the mean is [len(candidates) * P, ...], candidate-major.
 
-        `prompts` [P] are the rows that each candidate has, all B by default.  Noise is named (candidate, level, child), so candidate 0 and child 0 are always those of the unguided run.
+        `prompts` [P] are the rows that each candidate has, all B by default.  Noise is named (candidate, level, child), so
+        candidate 0 and child 0 are always those of the unguided run.
         """
         if gaussian.std == 0:
             return gaussian.mean

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from rsm_guidance import StepwiseSampling, Unguided, shapes
-from rsm_guidance.evaluation.files import write_image
+from rsm_guidance.io.files import write_image
 from rsm_guidance.evaluation.generate import Generation, generate, load_pipeline
 from rsm_guidance.evaluation.pictures import grid
 from rsm_guidance.shapes.scenes import PREFIXES

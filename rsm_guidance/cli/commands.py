@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from rsm_guidance.cli.options import ModelOptions, SamplerOptions, budget_of
 from rsm_guidance.evaluation.compare import Comparison, compare
-from rsm_guidance.evaluation.files import (
+from rsm_guidance.io.files import (
     read_image,
     read_prompts,
     require_image_name,

@@ -7,16 +7,16 @@ from typing import Any
 
 import yaml
 
-from rsm_guidance.evaluation.benchmark import SamplersBenchmark, run_samplers_benchmark, table
-from rsm_guidance.evaluation.branching import BranchingBenchmark, branching_table, run_branching_benchmark
+from benchmarks.samplers import SamplersBenchmark, run_samplers_benchmark, table
+from benchmarks.branching import BranchingBenchmark, branching_table, run_branching_benchmark
 from rsm_guidance.evaluation.calibration import ValuesBenchmark, run_values_benchmark, values_table
-from rsm_guidance.evaluation.engine_benchmark import EngineBenchmark, engine_table, run_engine_benchmark
-from rsm_guidance.evaluation.exactness import ExactnessBenchmark, exactness_table, run_exactness_benchmark
-from rsm_guidance.evaluation.files import require_writable
-from rsm_guidance.training.judges import JudgesBenchmark, judges_table, run_judges_benchmark
-from rsm_guidance.training.reward import RewardTrainConfig, train_reward
-from rsm_guidance.training.shapes_base import BaseConfig, train_shapes_model
-from rsm_guidance.training.shapes_vae import VAEConfig
+from rsm_guidance.evaluation.overhead import EngineBenchmark, engine_table, run_engine_benchmark
+from benchmarks.exactness import ExactnessBenchmark, exactness_table, run_exactness_benchmark
+from rsm_guidance.io.files import require_writable
+from benchmarks.reward_models import JudgesBenchmark, judges_table, run_judges_benchmark
+from rsm_guidance.shapes.training.reward import RewardTrainConfig, train_reward
+from rsm_guidance.shapes.training.base import BaseConfig, train_shapes_model
+from rsm_guidance.shapes.training.vae import VAEConfig
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
 """The compute ledger: what a sampling run has spent, and what it may spend.
 
-The unit of account is the *denoiser evaluation*: one forward pass of the whole denoiser on one latent (a
+The unit of account is the *denoiser evaluation* (NFE): one forward pass of the whole denoiser on one latent (a
 classifier-free-guided step counts two).  A value model that runs a share f of the denoiser costs f, and a backward pass
 twice what it differentiates.
 """
 
-import resource
+import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
 
@@ -111,7 +111,14 @@ class Ledger:
 
 
 def peak_memory() -> int:
-    """Most bytes so far: of the accelerator if one is used, else of the process."""
+    """Largest number of bytes this process has held so far: of the accelerator if one is used, else of main memory."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -3,24 +3,61 @@
 A stream is named by what it is for, not by when it is drawn, so a result depends neither on the batch size nor on the
 other prompts of the batch nor on their order.  The prompt enters by its text and, when it occurs several times, by the
 number of its occurrence.  Noise is drawn on the CPU in float32, so that every device sees the same numbers.
+
+SHAKE-256 of the name fills the whole state of torch's Mersenne twister.  `manual_seed` would use 32 bits, with which two of
+65,000 streams are likely to coincide, and numpy's `SeedSequence` takes 14 times as long to fill so large a state.
 """
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
+import numpy as np
 import torch
 from torch import Tensor
 
+Name = int | str
 
-def derive_seed(*name: int | str) -> int:
-    """A seed from a name; equal names give equal seeds on every machine.
 
-    It has 63 bits, of which torch's CPU generator uses the lower 32: two of a run's streams coincide by chance only
-    among tens of thousands, and then merely share their noise.
-    """
-    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in name)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+class Purpose(StrEnum):
+    """First part of a stream's name."""
+
+    INITIAL = "initial"  # initial noise of a candidate
+    STEP = "step"  # noise of a step: candidate, level, child
+    BACK = "back"  # noise of going back to a noisier level
+    BRANCH = "branch"
+    MOVE = "move"  # of a Markov chain
+    SELECT = "select"
+    RESAMPLE = "resample"
+    DRAW = "draw"
+    ACCEPT = "accept"
+    PERTURB = "perturb"
+    PERMUTE = "permute"
+    SMOOTH = "smooth"
+    TREE = "tree"
+
+
+_WORDS = 624
+_FIRST = 8 * 3  # torch's layout: seed, (left, seeded), next, then 624 words of 64 bits of which 32 are used
+
+
+def _spelled(name: tuple[Name, ...]) -> bytes:
+    return "\x1f".join(f"{'int' if isinstance(part, int) else 'str'}:{part}" for part in name).encode()
+
+
+def derive_seed(*name: Name) -> int:
+    """A seed of 63 bits from a name; equal names give equal seeds on every machine."""
+    return int.from_bytes(hashlib.blake2b(_spelled(name), digest_size=8).digest(), "big") >> 1
+
+
+def generator_of(*name: Name) -> torch.Generator:
+    """A CPU generator whose whole state derives from a name."""
+    generator = torch.Generator().manual_seed(derive_seed(*name))
+    state = generator.get_state()
+    words = np.frombuffer(hashlib.shake_256(_spelled(name)).digest(4 * _WORDS), dtype="<u4")
+    state.numpy()[_FIRST : _FIRST + 8 * _WORDS].view(np.uint64)[:] = words
+    return generator.set_state(state)
 
 
 @dataclass(frozen=True)
@@ -40,15 +77,15 @@ class RandomStreams:
             counts[prompt] = names[-1][1] + 1
         return RandomStreams(seed, tuple(names))
 
-    def generator(self, row: int, *path: int | str) -> torch.Generator:
+    def generator(self, row: int, *path: Name) -> torch.Generator:
         """A CPU generator for one purpose of one row."""
         prompt, copy = self.names[row]
-        return torch.Generator().manual_seed(derive_seed(self.seed, prompt, copy, *path))
+        return generator_of(self.seed, prompt, copy, *path)
 
-    def normal(self, row: int, shape: Sequence[int], *path: int | str) -> Tensor:
+    def normal(self, row: int, shape: Sequence[int], *path: Name) -> Tensor:
         """Standard normal float32 noise of a shape, named by its path (level, child, ...)."""
         return torch.randn(tuple(shape), generator=self.generator(row, *path))
 
-    def uniform(self, row: int, *path: int | str) -> float:
+    def uniform(self, row: int, *path: Name) -> float:
         """One number in [0, 1)."""
         return float(torch.rand((), generator=self.generator(row, *path), dtype=torch.float64))

@@ -1,48 +1,71 @@
-"""One-step transitions from level i to a cleaner level j, as Gaussians; pure functions of a `Prediction`.
+"""One-step transitions from level i to a cleaner level j, as classes over a `Prediction` and two levels.
 
 With (alpha, sigma) at level i and (alpha', sigma') at level j:
 
-- `ode`: the deterministic probability-flow step alpha' x0 + sigma' eps (for flow models x + (sigma' - sigma) v).
-- `ddim`: alpha' x0 + sqrt(sigma'^2 - s^2) eps + s z with s = eta times the posterior standard deviation of the forward
+- `ODE`: the deterministic probability-flow step alpha' x0 + sigma' eps (for flow models x + (sigma' - sigma) v).
+- `DDIM`: alpha' x0 + sqrt(sigma'^2 - s^2) eps + s z with s = eta times the posterior standard deviation of the forward
   process (Song et al. 2021, arXiv 2010.02502, eq. 12 and 16; written for any alpha, sigma).  eta = 1 is ancestral sampling.
-- `cps`: the same with s = sigma' sin(eta pi / 2), coefficients-preserving sampling (arXiv 2509.05952).
-- `flow_sde`: the Euler-Maruyama step of the flow SDE with diffusion a sqrt(sigma / (1 - sigma)) (Flow-GRPO,
+- `CPS`: the same with s = sigma' sin(eta pi / 2), coefficients-preserving sampling (arXiv 2509.05952).
+- `FlowSDE`: the Euler-Maruyama step of the flow SDE with diffusion a sqrt(sigma / (1 - sigma)) (Flow-GRPO,
   arXiv 2505.05470).  At sigma = 1 its denominator uses the next sigma, as published.
-
-- `glass`: an exact draw from ancestral sampling's p(x_j | x_i) by an inner ODE over the levels between i and j, GLASS Flows
+- `GLASS`: an exact draw from ancestral sampling's p(x_j | x_i) by an inner ODE over the levels between i and j, GLASS Flows
   (arXiv 2509.25170).  With X0 ~ p(x0 | x_i) as its data and pi = (alpha / sigma)^2 the precision with which a level
   shows X0, the inner flow adds an observation w of precision q = pi_l - pi_i; x_i and w together are one observation at
-  level l, so the same denoiser answers.  With no level between it is `ddim` at eta = 1.
+  level l, so the same denoiser answers.  With no level between it is `DDIM` at eta = 1.
+- `SchedulerSteps`: the pipeline's own solver, which can only be followed from start to end.
 
-`ode`, `ddim` and `cps` keep the marginals of the forward process for the true x0 and eps.  With a denoiser's posterior
-means `ode`, `ddim`, `glass` and `flow_sde` converge to them as steps grow (`glass` as fast as `ode`); `cps`, whose noise does not shrink with the step, keeps
-a bias (variance error 0.05 of 0.3 at eta = 0.5 with 512 steps of an exact denoiser).
+With a denoiser's posterior means `ODE`, `DDIM`, `GLASS` and `FlowSDE` converge to the marginals of the forward process as
+steps grow (`GLASS` as fast as `ODE`).  `CPS`, whose noise does not shrink with the step, keeps a bias (variance error 0.05
+of 0.3 at eta = 0.5 with 512 steps of an exact denoiser).
+
+Means are computed and kept in float32 (float64 for float64 latents), whatever the latents' dtype: a mean rounded to bfloat16
+moves log-probabilities by as much as published clip ranges.  Only samples are cast.
 """
 
 import math
+from abc import ABC, ABCMeta, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from rsm_guidance.core.schedule import NoiseSchedule, Prediction
 
+Predict = Callable[[Tensor, int], Prediction]
+
+
+def exact(x: Tensor) -> Tensor:
+    """x in float32, or in float64 if it is that already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
 
 @dataclass(frozen=True)
 class Gaussian:
-    """N(mean, std^2 I) over latents: mean [B, ...], one `std` >= 0 for all."""
+    """N(mean, std^2 I) over latents.
+
+    Attributes:
+        mean: [B, ...], float32 or float64.
+        std: one number >= 0 for all.
+        dtype: of the samples; None for the mean's.
+    """
 
     mean: Tensor
     std: float
+    dtype: torch.dtype | None = None
 
     def sample(self, noise: Tensor) -> Tensor:
-        """mean + std * noise; `noise` is standard normal and broadcasts to the mean.  With std = 0 exactly the mean."""
+        """mean + std * noise, in `dtype`; `noise` is standard normal and broadcasts to the mean."""
         if self.std == 0:
             shape = torch.broadcast_shapes(self.mean.shape, noise.shape)  # type: ignore[no-untyped-call]
-            return self.mean.expand(shape)
-        return self.mean + self.std * noise.to(self.mean)
+            return self.mean.expand(shape).to(self.dtype or self.mean.dtype)
+        return (self.mean + self.std * noise.to(self.mean)).to(self.dtype or self.mean.dtype)
+
+    @property
+    def center(self) -> Tensor:
+        """The mean in the samples' dtype."""
+        return self.mean.to(self.dtype or self.mean.dtype)
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log-density of x [B, ...], summed over all dimensions but the first; [B].
@@ -56,154 +79,268 @@ class Gaussian:
         return (-0.5 * z.square() - math.log(self.std) - 0.5 * math.log(2 * math.pi)).flatten(1).sum(1)
 
 
-def _cast(mean: Tensor, like: Tensor, std: float) -> Gaussian:
-    return Gaussian(mean.to(like.dtype), std)
+class _ByName(ABCMeta):
+    """Lets the base class make the others: `Transition("cps", 0.9)` is `CPS(0.9)`."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if cls is Transition:
+            return _named(*args, **kwargs)
+        return super().__call__(*args, **kwargs)
 
 
-def ode(prediction: Prediction, schedule: NoiseSchedule, level: int, target: int) -> Gaussian:
-    """The deterministic step; for flow predictions bitwise the Euler step of diffusers' flow-matching scheduler."""
-    p = prediction
-    _, sigma = schedule.coefficients(level)
-    alpha_next, sigma_next = schedule.coefficients(target)
-    if p.velocity is not None and schedule.is_flow:
-        # a tensor, as in diffusers: a Python number times half-precision velocities rounds differently
-        step = torch.tensor(sigma_next - sigma, dtype=torch.float32, device=p.x.device)
-        return _cast(p.x.float() + step * p.velocity, p.x, 0.0)
-    return _cast(alpha_next * p.x0.float() + sigma_next * p.eps.float(), p.x, 0.0)
-
-
-def _interpolate(p: Prediction, alpha_next: float, sigma_next: float, std: float) -> Gaussian:
-    kept = math.sqrt(max(sigma_next**2 - std**2, 0.0))
-    return _cast(alpha_next * p.x0.float() + kept * p.eps.float(), p.x, std)
-
-
-def ddim(prediction: Prediction, schedule: NoiseSchedule, level: int, target: int, eta: float) -> Gaussian:
-    """DDIM with `eta` in [0, 1] times the posterior standard deviation; eta = 0 is the deterministic step."""
-    alpha, sigma = schedule.coefficients(level)
-    alpha_next, sigma_next = schedule.coefficients(target)
-    posterior = sigma_next**2 * max(1 - (alpha * sigma_next / (alpha_next * sigma)) ** 2, 0.0)
-    return _interpolate(prediction, alpha_next, sigma_next, eta * math.sqrt(posterior))
-
-
-def cps(prediction: Prediction, schedule: NoiseSchedule, level: int, target: int, eta: float) -> Gaussian:
-    """Coefficients-preserving sampling: a share sin(eta pi / 2) of the next level's noise is fresh; eta in [0, 1]."""
-    alpha_next, sigma_next = schedule.coefficients(target)
-    return _interpolate(prediction, alpha_next, sigma_next, sigma_next * math.sin(eta * math.pi / 2))
-
-
-def flow_sde(prediction: Prediction, schedule: NoiseSchedule, level: int, target: int, a: float) -> Gaussian:
-    """Flow-GRPO's SDE step with noise level `a` >= 0; flow schedules only."""
-    if not schedule.is_flow:
-        raise ValueError("flow_sde needs a flow schedule (alpha = 1 - sigma); use ddim or cps for this model")
-    p = prediction
-    _, t = schedule.coefficients(level)
-    _, t_next = schedule.coefficients(target)
-    dt = t - t_next
-    diffusion = a * math.sqrt(t / (1 - (t_next if t >= 1 else t)))
-    velocity = (p.velocity if p.velocity is not None else p.eps - p.x0).float()
-    drift = velocity + diffusion**2 / (2 * t) * (p.x.float() + (1 - t) * velocity)
-    std = diffusion * math.sqrt(dt) if t_next > 0 else 0.0  # the last step adds no noise
-    if t_next == 0:
-        drift = velocity
-    return _cast(p.x.float() - dt * drift, p.x, std)
-
-
-def glass(
-    predict: Callable[[Tensor, int], Prediction],
-    prediction: Prediction,
-    schedule: NoiseSchedule,
-    level: int,
-    target: int,
-    noise: Tensor,
-) -> Tensor:
-    """A draw from p(x_target | x_level) by an inner ODE; see the module's docstring.
-
-    Args:
-        predict: the denoiser at latents [B, ...] and a level between `level` and `target`.
-        prediction: that of the latents at `level`.
-        schedule: the levels.
-        level: where the transition starts.
-        target: where it ends, target - level denoiser evaluations later.
-        noise: standard normal [B, ...].
-    """
-
-    def precision(at: int) -> float:
-        alpha, sigma = schedule.coefficients(at)
-        return math.inf if sigma == 0 else (alpha / sigma) ** 2
-
-    alpha, sigma = schedule.coefficients(level)
-    known = alpha / sigma**2 * prediction.x.float()  # pi_i times the observation of X0 that x_i is
-    eps, p, x = noise.to(known), prediction, prediction.x
-    for at in range(level + 1, target + 1):
-        end = precision(at)
-        if math.isinf(end):
-            return p.x0
-        gained = end - precision(level)
-        shown = p.x0.float() + eps / math.sqrt(gained)
-        x = (schedule.coefficients(at)[0] * (known + gained * shown) / end).to(prediction.x)
-        if at < target:
-            p = predict(x, at)
-            eps = (shown - p.x0.float()) * math.sqrt(gained)
-    return x
-
-
-TransitionKind = Literal["scheduler", "ode", "ddim", "cps", "flow_sde", "glass"]
-
-
-@dataclass(frozen=True)
-class Transition:
-    """A transition and its noise level, as a sampler is configured with it.
+class Transition(metaclass=_ByName):
+    """How a run moves to a cleaner level.  `Transition(name, noise)` makes one by name, such as `Transition("cps", 0.9)`.
 
     Attributes:
-        kind: "ode", "ddim", "cps", "flow_sde"; "glass" for samplers that move whole trajectories; or "scheduler" for the
-            pipeline's own solver, which may be any, but can only be followed from start to end (samplers `none` and
-            `best-of-n`, and `noise-search`).
-        noise: eta in [0, 1] for ddim and cps, a >= 0 for flow_sde; ignored by the others.
-        inner: levels that one transition of "glass" takes, each a step of its inner ODE; 1 for all other kinds.
+        name: of the class.
+        stochastic: whether two draws from one state differ; the pipeline's own solver does not count.
+        whole_runs: whether it can only be followed from start to end.
     """
 
-    kind: TransitionKind = "ode"
-    noise: float = 1.0
-    inner: int = 1
+    name: ClassVar[str]
+    stochastic: ClassVar[bool]
+    whole_runs: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        if self.kind not in get_args(TransitionKind):
-            raise ValueError(f"unknown transition {self.kind!r}; choose one of {', '.join(get_args(TransitionKind))}")
-        if self.inner < 1 or (self.inner > 1 and self.kind != "glass"):
-            raise ValueError(f"inner is a number of levels for glass, 1 for all other kinds; got {self.inner}")
-        top = 1.0 if self.kind in ("ddim", "cps") else math.inf
-        if not 0 <= self.noise <= top:
-            raise ValueError(f"{self.kind} takes a noise level in [0, {top}]; got {self.noise}")
-
-    @property
-    def stochastic(self) -> bool:
-        """Whether two draws from one state differ; the pipeline's own solver does not count."""
-        return self.kind not in ("scheduler", "ode")
+    def __str__(self) -> str:
+        numbers = [f"{getattr(self, f.name):g}" for f in fields(self)]  # type: ignore[arg-type]
+        return " ".join([self.name, *numbers])
 
     def jumps(self, schedule: NoiseSchedule) -> list[tuple[int, int]]:
-        """The levels (from, to) of one run: every level, or every `inner`-th."""
-        stops = [*range(0, schedule.steps, self.inner), schedule.steps]
-        return list(zip(stops[:-1], stops[1:], strict=True))
+        """The levels (from, to) of one run."""
+        return [(level, level + 1) for level in range(schedule.steps)]
+
+    @abstractmethod
+    def step(
+        self, predict: Predict, prediction: Prediction, schedule: NoiseSchedule, level: int, target: int, noise: Tensor
+    ) -> Tensor:
+        """The next latents [B, ...] in the latents' dtype.
+
+        Args:
+            predict: the denoiser at latents [B, ...] and a level, for transitions that ask it more than once.
+            prediction: that of the latents at `level`.
+            schedule: the levels.
+            level: where the transition starts.
+            target: where it ends, cleaner than `level`.
+            noise: standard normal [B, ...].
+        """
+
+
+class GaussianTransition(Transition):
+    """A transition whose next latents are one Gaussian: children share their parent's denoiser evaluation."""
+
+    @abstractmethod
+    def gaussian(self, prediction: Prediction, schedule: NoiseSchedule, level: int, target: int) -> Gaussian:
+        """N(mean, std^2) over the latents at `target`."""
 
     def __call__(self, prediction: Prediction, schedule: NoiseSchedule, level: int, target: int) -> Gaussian:
         """N(mean, std^2) over the latents at `target`, which must be cleaner than `level`."""
         if target <= level:
             raise ValueError(f"a transition goes to a cleaner level; got {level} -> {target}")
-        if self.kind == "scheduler":
-            raise ValueError(
-                "the transition 'scheduler' cannot step between single levels, only whole runs of 'none', 'best-of-n' and "
-                "'noise-search' "
-                "can follow it; choose ode, ddim, cps or flow_sde"
-            )
-        if self.kind == "glass":
-            raise ValueError(
-                "the transition 'glass' is no single Gaussian, so children cannot share their parent's evaluation; use it "
-                "with none, best-of-n, fk-steering or funnel, or choose ddim, cps or flow_sde"
-            )
-        if self.kind == "ode":
-            return ode(prediction, schedule, level, target)
-        if self.kind == "ddim":
-            return ddim(prediction, schedule, level, target, self.noise)
-        if self.kind == "cps":
-            return cps(prediction, schedule, level, target, self.noise)
-        return flow_sde(prediction, schedule, level, target, self.noise)
+        return self.gaussian(prediction, schedule, level, target)
+
+    def std(self, schedule: NoiseSchedule, level: int, target: int) -> float:
+        """Its standard deviation, which does not depend on the state."""
+        zero = torch.zeros(1, 1)
+        return self(Prediction(zero, zero, zero, zero), schedule, level, target).std
+
+    def step(
+        self, predict: Predict, prediction: Prediction, schedule: NoiseSchedule, level: int, target: int, noise: Tensor
+    ) -> Tensor:
+        return self(prediction, schedule, level, target).sample(noise)
+
+
+def _interpolate(p: Prediction, alpha_next: float, sigma_next: float, std: float) -> Gaussian:
+    kept = math.sqrt(max(sigma_next**2 - std**2, 0.0))
+    return Gaussian(alpha_next * exact(p.x0) + kept * exact(p.eps), std, p.x.dtype)
+
+
+@dataclass(frozen=True)
+class ODE(GaussianTransition):
+    """The deterministic step; for flow predictions bitwise the Euler step of diffusers' flow-matching scheduler."""
+
+    name: ClassVar[str] = "ode"
+    stochastic: ClassVar[bool] = False
+
+    def gaussian(self, prediction: Prediction, schedule: NoiseSchedule, level: int, target: int) -> Gaussian:
+        p = prediction
+        _, sigma = schedule.coefficients(level)
+        alpha_next, sigma_next = schedule.coefficients(target)
+        if p.velocity is None or not schedule.is_flow:
+            return _interpolate(p, alpha_next, sigma_next, 0.0)
+        x = exact(p.x)
+        # a tensor, as in diffusers: a Python number times half-precision velocities rounds differently
+        step = torch.tensor(sigma_next - sigma, dtype=x.dtype, device=x.device)
+        return Gaussian(x + step * p.velocity, 0.0, p.x.dtype)
+
+
+def _check_eta(eta: float, name: str) -> None:
+    if not 0 <= eta <= 1:
+        raise ValueError(f"{name} takes a noise level eta in [0, 1]; got {eta}")
+
+
+@dataclass(frozen=True)
+class DDIM(GaussianTransition):
+    """DDIM with `eta` in [0, 1] times the posterior standard deviation; 0 is the deterministic step, 1 ancestral sampling."""
+
+    name: ClassVar[str] = "ddim"
+    stochastic: ClassVar[bool] = True
+    eta: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_eta(self.eta, self.name)
+
+    def gaussian(self, prediction: Prediction, schedule: NoiseSchedule, level: int, target: int) -> Gaussian:
+        alpha, sigma = schedule.coefficients(level)
+        alpha_next, sigma_next = schedule.coefficients(target)
+        posterior = sigma_next**2 * max(1 - (alpha * sigma_next / (alpha_next * sigma)) ** 2, 0.0)
+        return _interpolate(prediction, alpha_next, sigma_next, self.eta * math.sqrt(posterior))
+
+
+@dataclass(frozen=True)
+class CPS(GaussianTransition):
+    """Coefficients-preserving sampling: a share sin(eta pi / 2) of the next level's noise is fresh; eta in [0, 1]."""
+
+    name: ClassVar[str] = "cps"
+    stochastic: ClassVar[bool] = True
+    eta: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_eta(self.eta, self.name)
+
+    def gaussian(self, prediction: Prediction, schedule: NoiseSchedule, level: int, target: int) -> Gaussian:
+        alpha_next, sigma_next = schedule.coefficients(target)
+        return _interpolate(prediction, alpha_next, sigma_next, sigma_next * math.sin(self.eta * math.pi / 2))
+
+
+@dataclass(frozen=True)
+class FlowSDE(GaussianTransition):
+    """Flow-GRPO's SDE step with noise level `a` >= 0; flow schedules only.  Its last step adds no noise."""
+
+    name: ClassVar[str] = "flow_sde"
+    stochastic: ClassVar[bool] = True
+    a: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.a < math.inf:
+            raise ValueError(f"{self.name} takes a finite noise level a >= 0; got {self.a}")
+
+    def gaussian(self, prediction: Prediction, schedule: NoiseSchedule, level: int, target: int) -> Gaussian:
+        if not schedule.is_flow:
+            raise ValueError("flow_sde needs a flow schedule (alpha = 1 - sigma); use ddim or cps for this model")
+        p = prediction
+        _, t = schedule.coefficients(level)
+        _, t_next = schedule.coefficients(target)
+        velocity, x = exact(p.velocity if p.velocity is not None else p.eps - p.x0), exact(p.x)
+        if t_next == 0:
+            return Gaussian(x - t * velocity, 0.0, p.x.dtype)
+        diffusion = self.a * math.sqrt(t / (1 - (t_next if t >= 1 else t)))
+        drift = velocity + diffusion**2 / (2 * t) * (x + (1 - t) * velocity)
+        return Gaussian(x - (t - t_next) * drift, diffusion * math.sqrt(t - t_next), p.x.dtype)
+
+
+@dataclass(frozen=True)
+class GLASS(Transition):
+    """An exact draw from p(x_target | x_level) by an inner ODE; see the module's docstring.
+
+    It is no single Gaussian, so children cannot share their parent's evaluation.
+
+    Attributes:
+        inner: levels that one transition takes, each a step of its inner ODE.
+    """
+
+    name: ClassVar[str] = "glass"
+    stochastic: ClassVar[bool] = True
+    inner: int = 1
+
+    def __post_init__(self) -> None:
+        if self.inner < 1:
+            raise ValueError(f"inner is a number of levels, at least 1; got {self.inner}")
+
+    def jumps(self, schedule: NoiseSchedule) -> list[tuple[int, int]]:
+        stops = [*range(0, schedule.steps, self.inner), schedule.steps]
+        return list(zip(stops[:-1], stops[1:], strict=True))
+
+    def step(
+        self, predict: Predict, prediction: Prediction, schedule: NoiseSchedule, level: int, target: int, noise: Tensor
+    ) -> Tensor:
+        def precision(at: int) -> float:
+            alpha, sigma = schedule.coefficients(at)
+            return math.inf if sigma == 0 else (alpha / sigma) ** 2
+
+        alpha, sigma = schedule.coefficients(level)
+        known = alpha / sigma**2 * exact(prediction.x)  # pi_i times the observation of X0 that x_i is
+        eps, p, x = noise.to(known), prediction, prediction.x
+        for at in range(level + 1, target + 1):
+            end = precision(at)
+            if math.isinf(end):
+                return p.x0
+            gained = end - precision(level)
+            shown = exact(p.x0) + eps / math.sqrt(gained)
+            x = (schedule.coefficients(at)[0] * (known + gained * shown) / end).to(prediction.x)
+            if at < target:
+                p = predict(x, at)
+                eps = (shown - exact(p.x0)) * math.sqrt(gained)
+        return x
+
+
+@dataclass(frozen=True)
+class SchedulerSteps(Transition):
+    """The pipeline's own solver, which may be any, and is followed from start to end (`Denoiser.follow`)."""
+
+    name: ClassVar[str] = "scheduler"
+    stochastic: ClassVar[bool] = False
+    whole_runs: ClassVar[bool] = True
+
+    def step(
+        self, predict: Predict, prediction: Prediction, schedule: NoiseSchedule, level: int, target: int, noise: Tensor
+    ) -> Tensor:
+        raise ValueError(
+            "the transition 'scheduler' cannot step between single levels, only whole runs of 'none', 'best-of-n' and "
+            "'noise-search' can follow it; choose ode, ddim, cps or flow_sde"
+        )
+
+
+TRANSITIONS: dict[str, type[Transition]] = {cls.name: cls for cls in (SchedulerSteps, ODE, DDIM, CPS, FlowSDE, GLASS)}
+
+
+def _named(name: str = "ode", noise: float | None = None, inner: int | None = None) -> Transition:
+    """The transition of a name, with its noise level (eta of ddim and cps, a of flow_sde) or inner levels (glass)."""
+    cls = TRANSITIONS.get(name)
+    if cls is None:
+        raise ValueError(f"unknown transition {name!r}; choose one of {', '.join(TRANSITIONS)}")
+    own = fields(cls)  # type: ignore[arg-type]
+    if inner not in (None, 1) and cls is not GLASS:
+        raise ValueError(f"inner is a number of levels for glass, 1 for all other kinds; got {inner}")
+    number = inner if cls is GLASS else noise
+    return cls(number) if own and number is not None else cls()  # type: ignore[call-arg]
+
+
+def parse_transition(text: str) -> Transition:
+    """A transition from its name and, after a space, its number: "ode", "cps 0.9", "flow_sde 0.7", "glass 4".
+
+    Raises:
+        ValueError: for an unknown name, or a number that it does not take.
+    """
+    name, _, number = text.strip().partition(" ")
+    try:
+        value = None if not number.strip() else float(number)
+        if value is not None and name in TRANSITIONS and not fields(TRANSITIONS[name]):  # type: ignore[arg-type]
+            raise ValueError(f"{name} takes no number")
+        if name == GLASS.name and value is not None:
+            return GLASS(int(number))
+        return _named(name, value)
+    except ValueError as error:
+        raise ValueError(f"cannot read the transition {text!r}: {error}") from error
+
+
+def require_gaussian(transition: Transition, why: str, noisy: bool = False) -> None:
+    """Raise a ValueError unless a transition steps by single Gaussians, and, if asked for, by `noisy` ones."""
+    if not isinstance(transition, GaussianTransition) or (noisy and not transition.stochastic):
+        choices = "ddim, cps or flow_sde" if noisy else "ode, ddim, cps or flow_sde"
+        raise ValueError(f"the transition {transition.name!r} does not serve: {why}; choose {choices}")
+
+
+def require_levels(transition: Transition, why: str) -> None:
+    """Raise a ValueError if a transition can only be followed from start to end."""
+    if transition.whole_runs:
+        raise ValueError(f"the transition {transition.name!r} does not serve: {why}; choose ode, ddim, cps or flow_sde")

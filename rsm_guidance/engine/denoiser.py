@@ -9,12 +9,12 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from rsm_guidance.core.ledger import Ledger
+from rsm_guidance.core.contracts import StopRequested
 from rsm_guidance.core.schedule import NoiseSchedule, Prediction
 from rsm_guidance.engine.families import denoisers_of, pick_rows, prompts_of, require_drivable, traits_of
 from rsm_guidance.engine.loop import Done, Pause, Start, Step, StockLoop
 from rsm_guidance.engine.memory import MicroBatch, cast_weights_kept
-from rsm_guidance.engine.replay import Draws, Encoder
+from rsm_guidance.engine.restart import Draws, Encoder
 from rsm_guidance.engine.schedulers import Levels, read_levels, refusal
 
 _DECODED_AT_ONCE = 2**18  # latent elements: four latents of 1024x1024 pixels at a time
@@ -33,9 +33,9 @@ class PipelineDenoiser:
     Args:
         pipe: a diffusers pipeline whose class the engine can drive.
         call: keyword arguments of the pipeline's stock `__call__`.
-        ledger: where denoiser evaluations and decodes are booked; a fresh one by default.
 
     Attributes:
+        evaluations: forward passes of the denoiser so far, by latents.
         checkpointing: under gradient, denoiser and decoder recompute their activations on the way back instead of keeping
             them, where diffusers supports it.
 
@@ -45,19 +45,20 @@ class PipelineDenoiser:
         ValueError: if the pipeline cannot be driven, saying why.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, call: Mapping[str, Any], ledger: Ledger | None = None) -> None:
+    def __init__(self, pipe: DiffusionPipeline, call: Mapping[str, Any]) -> None:
         require_drivable(pipe)
         for argument, reason in _REFUSED.items():
             if call.get(argument) is not None:
                 raise ValueError(f"{argument} cannot be guided: {reason}; call the pipeline with sampler=None")
         self.pipe = pipe
-        self.ledger = ledger or Ledger()
+        self.evaluations = 0.0
         self.checkpointing = False
         self._fitting, self._decoding = MicroBatch(sys.maxsize), MicroBatch(sys.maxsize)
         self.prompts = prompts_of(call)
         self._call = {k: [*v] if isinstance(v, list) else v for k, v in call.items()}  # some calls change their lists
         self._draws = Draws(call.get("generator"))
         self._encoded: list[Any] = []
+        self._others: list[PipelineDenoiser] = []
         self._levels: Levels | None = None
         self._initial: Tensor | None = None
         self._scheduler_state: dict[str, Any] = {}
@@ -169,7 +170,6 @@ class PipelineDenoiser:
 
         It is the pipeline's own decoder, and inpainting pastes the known region of each row.
         """
-        self.ledger.decodes += len(x0)
         wanted = self._base if rows is None else tuple(rows.tolist())
 
         def decoded(piece: slice) -> Tensor:
@@ -184,8 +184,6 @@ class PipelineDenoiser:
 
     def finish(self, x0: Tensor) -> Any:
         """The stock output for final latents [B, ...], in the output type the call asked for."""
-        if self._call.get("output_type") != "latent":
-            self.ledger.decodes += len(x0)
         at_end = self._rows == self._base and self._level == self.steps - 1
         if self._loop is not None and self._loop.alive and at_end and self._step is not None:
             if self._step.following is None or self._step.following is x0:
@@ -218,8 +216,19 @@ class PipelineDenoiser:
             for module in chosen:
                 module.disable_gradient_checkpointing()
 
+    def over(self, pipe: DiffusionPipeline | None) -> "PipelineDenoiser":
+        """The denoiser of another pipeline, or of this one, for the same call; closed with this one."""
+        other = PipelineDenoiser(pipe or self.pipe, self._call)
+        self._others.append(other)
+        return other
+
     def close(self) -> None:
         """Abandon the paused call, if there is one."""
+        while self._others:
+            self._others.pop().close()
+        self._abandon()
+
+    def _abandon(self) -> None:
         if self._loop is not None:
             self._loop.close()
             self._loop = None
@@ -261,7 +270,7 @@ class PipelineDenoiser:
         skip: int = 0,
     ) -> Tensor:
         """Begin a stock call and stop before its first step; returns its first latents."""
-        self.close()
+        self._abandon()
         self._loop = self._new_loop(call, rows, latents, skip)
         self._rows, self._level, self._step = rows, skip, None
         pause = self._resume(None)
@@ -282,8 +291,8 @@ class PipelineDenoiser:
         if not isinstance(pause, Step):
             stopped = self._loop.interrupted
             self._loop = None
-            if stopped:  # the caller's callback asked for it: the sampler returns the best so far, as on Ctrl-C
-                raise KeyboardInterrupt
+            if stopped:
+                raise StopRequested(f"a callback interrupted {type(self.pipe).__name__}")
             raise ValueError(
                 f"{type(self.pipe).__name__} ended without calling scheduler.step; the engine needs a pipeline with "
                 "one denoising loop and num_inference_steps > 0"
@@ -306,7 +315,7 @@ class PipelineDenoiser:
         try:
             return self._loop.resume(x)
         finally:
-            self.ledger.denoiser_evaluations += self._loop.evaluations - before
+            self.evaluations += self._loop.evaluations - before
 
     def _zero_step(self, x0: Tensor, output_type: str, rows: tuple[int, ...]) -> Any:
         """The stock output of a call with every step skipped: decodes x0 [R, ...] of some rows."""

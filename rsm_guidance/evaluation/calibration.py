@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from rsm_guidance.core.denoiser import Value
+from rsm_guidance.core.contracts import Value
 from rsm_guidance.core.ledger import Ledger
 from rsm_guidance.core.transitions import Transition
-from rsm_guidance.evaluation.files import write_atomically, write_json
+from rsm_guidance.io.files import write_atomically, write_json
 from rsm_guidance.evaluation.generate import Generation, load_pipeline, watched
 from rsm_guidance.shapes import caption_set, model_path
 from rsm_guidance.values import DiffusionRewardModel, DRMValue, EstimatedValue, Lookahead, Smoothed, Tweedie, load_judge

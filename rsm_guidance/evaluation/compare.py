@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from rsm_guidance.core.ledger import Budget
 from rsm_guidance.engine.families import denoisers_of
-from rsm_guidance.evaluation.files import write_atomically, write_image, write_json
+from rsm_guidance.io.files import write_atomically, write_image, write_json
 from rsm_guidance.evaluation.fitting import fit_to_budget
 from rsm_guidance.evaluation.generate import Generation, Sample, copies_of, costs_of, fingerprint, generate, scores_of
 from rsm_guidance.evaluation.pictures import grid

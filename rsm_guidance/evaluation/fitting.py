@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rsm_guidance.core.ledger import Budget, Ledger
-from rsm_guidance.core.mixture import GaussianMixture, GaussianMixtureDenoiser
+from rsm_guidance.oracles.mixture import GaussianMixture, GaussianMixtureDenoiser
 from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.core.schedule import NoiseSchedule, Prediction
 from rsm_guidance.samplers import Problem, Sampler

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
-from rsm_guidance.core.denoiser import Reward
+from rsm_guidance.core.contracts import Reward
 from rsm_guidance.core.ledger import Budget
 from rsm_guidance.core.random import RandomStreams, derive_seed
 from rsm_guidance.engine import PipelineDenoiser

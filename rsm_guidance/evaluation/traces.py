@@ -11,7 +11,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from rsm_guidance.evaluation.files import write_atomically
+from rsm_guidance.io.files import write_atomically
 
 _CHOSEN, _OTHER = "C3", "0.6"
 

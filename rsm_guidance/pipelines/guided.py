@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from rsm_guidance.core.denoiser import Reward
+from rsm_guidance.core.contracts import Reward
 from rsm_guidance.core.ledger import Budget, Ledger
 from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.engine import PipelineDenoiser

@@ -1,21 +1,33 @@
-"""Rewards on finished images; `REWARDS` names the built-in ones."""
+"""Rewards of finished images; `REWARDS` names the built-in ones."""
 
-from rsm_guidance.core.denoiser import Reward
-from rsm_guidance.rewards.base import RewardError, checked_scores, import_object, judged, name_of
+from rsm_guidance.rewards.base import (
+    FunctionReward,
+    RewardError,
+    RowReward,
+    ScoreDistribution,
+    as_reward,
+    check_columns,
+    checked_scores,
+    crashed_in_reward,
+    name_of,
+    scored,
+)
 from rsm_guidance.rewards.compose import Composite, Term
-from rsm_guidance.rewards.shapes import shapes_correct, shapes_verifier
-
-REWARDS: dict[str, Reward] = {"shapes-verifier": shapes_verifier, "shapes-correct": shapes_correct}
+from rsm_guidance.rewards.registry import REWARDS, resolve_reward
 
 __all__ = [
     "REWARDS",
     "Composite",
+    "FunctionReward",
     "RewardError",
+    "RowReward",
+    "ScoreDistribution",
     "Term",
+    "as_reward",
+    "check_columns",
     "checked_scores",
-    "import_object",
-    "judged",
+    "crashed_in_reward",
     "name_of",
-    "shapes_correct",
-    "shapes_verifier",
+    "resolve_reward",
+    "scored",
 ]

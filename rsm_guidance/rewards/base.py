@@ -1,14 +1,112 @@
-"""Rewards: plain functions `(images [B, 3, H, W] in [0, 1], prompts) -> scores [B]`, higher is better."""
+"""Rewards: objects or plain functions `(images [B, 3, H, W] in [0, 1], prompts, **columns) -> scores [B]`, higher is better."""
 
-import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rsm_guidance.core.contracts import Reward, UsageError
 
-class RewardError(ValueError):
-    """A reward or value model returned something that cannot be ranked."""
+
+class RewardError(UsageError):
+    """A reward or value returned something that cannot be ranked."""
+
+
+@dataclass(frozen=True)
+class ScoreDistribution:
+    """What a reward that returns distributions says of B images: mean and variance, [B] each."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+@dataclass(frozen=True)
+class FunctionReward:
+    """A plain function as a `Reward`; it may carry the attributes of one itself.
+
+    Columns that the function does not name in `requires` are not passed to it.
+    """
+
+    function: Callable[..., Any]
+
+    @property
+    def name(self) -> str:
+        return name_of(self.function)
+
+    @property
+    def differentiable(self) -> bool | None:
+        return getattr(self.function, "differentiable", None)
+
+    @property
+    def requires(self) -> tuple[str, ...]:
+        return tuple(getattr(self.function, "requires", ()))
+
+    @property
+    def share(self) -> float:
+        return float(getattr(self.function, "share", 0.0))
+
+    def __call__(self, images: Tensor, prompts: list[str], **columns: list[Any]) -> Tensor:
+        scores: Tensor = self.function(images, prompts, **{name: columns[name] for name in self.requires})
+        return scores
+
+
+@dataclass(frozen=True)
+class RowReward:
+    """A reward that knows the prompt and the columns of every row of a run.
+
+    Attributes:
+        reward: of images.
+        prompts: of rows [B].
+        columns: what the reward requires besides, B entries each.
+    """
+
+    reward: Reward
+    prompts: Sequence[str]
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.reward.name
+
+    def at(self, progress: float) -> "RowReward":
+        """What counts at a share of the run, in [0, 1]."""
+        narrowed = getattr(self.reward, "at", None)
+        return self if narrowed is None else replace(self, reward=narrowed(progress))
+
+    def __call__(self, images: Tensor, rows: Tensor) -> Tensor:
+        """Scores [R] of images [R, 3, H, W] of rows [R]."""
+        index = rows.tolist()
+        columns = {name: [values[r] for r in index] for name, values in self.columns.items()}
+        return self.reward(images, [self.prompts[r] for r in index], **columns)
+
+
+def as_reward(reward: Any) -> Reward:
+    """A reward object as it is, a plain function as a reward object.
+
+    Raises:
+        UsageError: for anything else.
+    """
+    if all(hasattr(reward, name) for name in ("name", "differentiable", "requires", "share")):
+        found: Reward = reward
+        return found
+    if callable(reward):
+        return FunctionReward(reward)
+    raise UsageError(
+        f"a reward is a name, a function (images, prompts) -> scores or a model; got {type(reward).__name__}"
+    )
+
+
+def check_columns(reward: Reward, columns: Mapping[str, Sequence[Any]], count: int) -> None:
+    """Raise a UsageError unless the columns that a reward requires are there, with one entry for each of `count` images."""
+    for name in reward.requires:
+        if name not in columns:
+            raise UsageError(
+                f"the reward {reward.name} needs the column {name!r} for every prompt; pass reward_columns={{{name!r}: [...]}}"
+            )
+        if len(columns[name]) != count:
+            raise UsageError(f"the column {name!r} has {len(columns[name])} entries for {count} images; give one each")
 
 
 def checked_scores(scores: object, count: int, name: str) -> Tensor:
@@ -17,6 +115,8 @@ def checked_scores(scores: object, count: int, name: str) -> Tensor:
     Raises:
         RewardError: if they are not one finite number per item, naming the first offender.
     """
+    if isinstance(scores, ScoreDistribution):
+        scores = scores.mean
     try:
         tensor = torch.as_tensor(scores).detach().double().cpu()  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError) as error:
@@ -33,34 +133,31 @@ def checked_scores(scores: object, count: int, name: str) -> Tensor:
     return tensor
 
 
-def judged(call: Callable[[], object], count: int, name: str) -> Tensor:
+def scored(call: Callable[[], object], count: int, name: str) -> Tensor:
     """Run a reward and check what it returns; float64 [count].
 
+    What the reward itself raises comes through with its traceback and a note that names the reward.
+
     Raises:
-        RewardError: if it fails, or returns anything but one finite score per item.
+        RewardError: if it returns anything but one finite score per item.
     """
     try:
         scores = call()
-    except RewardError:
-        raise
     except Exception as error:
-        raise RewardError(f"{name} failed: {type(error).__name__}: {error}") from error
+        if not isinstance(error, UsageError):
+            error.add_note(f"{CRASH}{name}")
+        raise
     return checked_scores(scores, count, name)
 
 
-def name_of(judge: object) -> str:
+CRASH = "raised while scoring with "
+
+
+def crashed_in_reward(error: BaseException) -> bool:
+    """Whether an error is a programming error inside a reward, whose traceback its author wants to see."""
+    return any(note.startswith(CRASH) for note in getattr(error, "__notes__", ()))
+
+
+def name_of(reward: object) -> str:
     """How error messages and reports call a reward: its function or class name."""
-    return getattr(judge, "name", None) or getattr(judge, "__name__", None) or type(judge).__name__
-
-
-def import_object(path: str) -> object:
-    """The object at "package.module:name".
-
-    Raises:
-        ValueError: if the module or the name does not exist.
-    """
-    module, _, name = path.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except Exception as error:  # the module is the user's, and may fail in any way
-        raise ValueError(f"cannot import {path!r}: {type(error).__name__}: {error}") from error
+    return getattr(reward, "name", None) or getattr(reward, "__name__", None) or type(reward).__name__

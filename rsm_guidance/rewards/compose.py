@@ -9,14 +9,14 @@ With r_i the terms, normalised where asked, the composite is sum_i w_i r_i (`com
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rsm_guidance.core.denoiser import Reward
-from rsm_guidance.rewards.base import name_of
+from rsm_guidance.core.contracts import Reward
+from rsm_guidance.rewards.base import RewardError, as_reward
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Term:
     """One reward of a composite.
 
     Attributes:
-        reward: a function of images and prompts.
+        reward: a reward object, or a function of images and prompts.
         weight: any finite number; negative ones minimise.
         floor: value of the plain reward below which images are penalised, or None.
         window: shares (low, high) of the run, 0 the noisiest level and 1 the finished image, in which the term counts.
@@ -36,8 +36,7 @@ class Term:
     window: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        if not callable(self.reward):
-            raise ValueError(f"a term's reward is a function of images and prompts; got {type(self.reward).__name__}")
+        object.__setattr__(self, "reward", as_reward(self.reward))
         if not -float("inf") < self.weight < float("inf"):
             raise ValueError(f"a weight must be finite; got {self.weight}")
         if not 0 <= self.window[0] < self.window[1] <= 1:
@@ -75,21 +74,37 @@ class Composite:
     @property
     def name(self) -> str:
         """The terms, as in "0.5 aesthetic + alignment"."""
-        parts = [(f"{t.weight:g} " if t.weight != 1 else "") + name_of(t.reward) for t in self.terms]
+        parts = [(f"{t.weight:g} " if t.weight != 1 else "") + t.reward.name for t in self.terms]
         return " + ".join(parts)
+
+    @property
+    def differentiable(self) -> bool | None:
+        """Whether all terms are; None where one does not know."""
+        known = [t.reward.differentiable for t in self.terms]
+        return False if False in known or self.normalize == "rank" else None if None in known else True
+
+    @property
+    def requires(self) -> tuple[str, ...]:
+        """The columns that any term needs."""
+        return tuple(dict.fromkeys(name for t in self.terms for name in t.reward.requires))
+
+    @property
+    def share(self) -> float:
+        """Cost of scoring an image in denoiser evaluations, of all terms together."""
+        return sum(t.reward.share for t in self.terms)
 
     def at(self, progress: float) -> "Composite":
         """What counts at a share of the run, in [0, 1]; the whole composite where no window is open."""
         open_now = tuple(t for t in self.terms if t.window[0] <= progress <= t.window[1])
         return dataclasses.replace(self, terms=open_now or self.terms)
 
-    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """Scores [B] of images [B, 3, H, W] in [0, 1]."""
+    def __call__(self, images: Tensor, prompts: list[str], **columns: list[Any]) -> Tensor:
+        """Scores [B] of images [B, 3, H, W] in [0, 1]; columns as the terms require them."""
         total: Tensor | None = None
         for term in self.terms:
-            plain = term.reward(images, prompts)
+            plain = torch.as_tensor(term.reward(images, prompts, **columns))
             if plain.shape != (len(prompts),):
-                raise ValueError(f"{name_of(term.reward)} returned shape {list(plain.shape)} for {len(prompts)} images")
+                raise RewardError(f"{term.reward.name} returned shape {list(plain.shape)} for {len(prompts)} images")
             score = normalized(plain, prompts, self.normalize)
             score = term.weight * (logsigmoid(score) if self.combine == "and" else score)
             if term.floor is not None:

@@ -24,7 +24,7 @@ from rsm_guidance.samplers.rollout import Unguided
 from rsm_guidance.samplers.smc import TwistedSMC
 from rsm_guidance.samplers.stepwise import StepwiseSampling
 from rsm_guidance.samplers.svdd import SVDD
-from rsm_guidance.samplers.tree import TreeSampling, TreeSearch
+from rsm_guidance.samplers.tree.methods import TreeSampling, TreeSearch
 
 SAMPLERS: dict[str, type[Sampler]] = {
     cls.name: cls

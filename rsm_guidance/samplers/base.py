@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from rsm_guidance.core.denoiser import Denoiser, Reward, Value
+from rsm_guidance.core.contracts import Denoiser, Reward, Value
 from rsm_guidance.core.ledger import Ledger
 from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.core.schedule import Prediction

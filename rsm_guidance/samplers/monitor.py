@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rsm_guidance.core.denoiser import Reward
+from rsm_guidance.core.contracts import Reward
 from rsm_guidance.rewards import judged, name_of
 
 

@@ -1,4 +1,4 @@
-"""The embedded text-to-image model: its parts, and where the packaged weights lie.
+"""The embedded text-to-image model: its parts.
 
 A `StableDiffusion3Pipeline` in stock layout: SD3Transformer2DModel, AutoencoderKL, two CLIP text encoders, a
 tokenizer whose vocabulary is the caption grammar, FlowMatchEulerDiscreteScheduler.
@@ -10,7 +10,6 @@ code cannot reshape none), so that a plain `pipe(prompt)` is as fast as the mode
 
 import itertools
 from collections import Counter
-from pathlib import Path
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
@@ -27,24 +26,11 @@ from rsm_guidance.shapes.scenes import vocabulary
 
 TOKENS = 16
 _END = "</w>"
-STEPS = 20  # what the packaged model was tuned and measured with
-GUIDANCE_SCALE = 3.0
 _WIDTHS = (128, 32)  # of the two text encoders; their sum is the joint attention width
-_PACKAGED = Path(__file__).parent / "weights"
-
-
-def model_path() -> str:
-    """Folder of the packaged shapes model, in stock diffusers layout (for `from_pretrained`)."""
-    return str(_PACKAGED / "model")
-
-
-def drm_path() -> str:
-    """Folder of the packaged diffusion reward model of the shapes world."""
-    return str(_PACKAGED / "drm")
 
 
 class AbsentTextEncoder(T5EncoderModel):
-    """A third text encoder that has nothing to say: token ids [B, L] -> one zero token [B, 1, d_model]."""
+    """Stands in for a third text encoder: token ids [B, L] to one zero token [B, 1, d_model]."""
 
     _tied_weights_keys = None
 

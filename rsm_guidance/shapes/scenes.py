@@ -14,6 +14,8 @@ import random
 import re
 from dataclasses import dataclass
 
+from rsm_guidance.core.contracts import UsageError
+
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (222, 45, 45),
     "green": (45, 165, 75),
@@ -155,13 +157,13 @@ def parse_caption(text: str) -> Caption:
         body = body.removeprefix(prefix.strip() + " ")
     parts = _JOINT.split(body)
     if len(parts) not in (1, 3):
-        raise ValueError(
+        raise UsageError(
             f"cannot verify the caption {text!r}: at most two kinds of objects and one relation can be read"
         )
     groups = tuple(_parse_group(part, text) for part in parts[::2])
     spec = SceneSpec(groups, _RELATION_WORDS.get(parts[1]) if len(parts) == 3 else None)
     if spec.relation and any(g.count > 1 for g in groups):
-        raise ValueError(f"cannot verify the caption {text!r}: a position is read between two single objects only")
+        raise UsageError(f"cannot verify the caption {text!r}: a position is read between two single objects only")
     return Caption(text, spec)
 
 
@@ -170,7 +172,7 @@ def _parse_group(phrase: str, text: str) -> Group:
     count = _COUNT_WORDS.get(words[0]) if words else None
     shape = _SHAPE_WORDS.get(words[-1]) if words else None
     if count is None or shape is None or len(words) > 3 or (len(words) == 3 and words[1] not in COLORS):
-        raise ValueError(
+        raise UsageError(
             f"cannot verify the caption {text!r}: {phrase!r} is not '<a|one|two|three|four> [colour] <shape>' "
             f"with a colour of {', '.join(COLORS)} and a shape of {', '.join(SHAPES)}"
         )

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rsm_guidance.core.mixture import GaussianMixture, GaussianMixtureDenoiser
+from rsm_guidance.oracles.mixture import GaussianMixture, GaussianMixtureDenoiser
 from rsm_guidance.core.schedule import NoiseSchedule, Prediction
 from rsm_guidance.core.transitions import Gaussian, Transition, cps, ddim, flow_sde, glass, ode
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from rsm_guidance.core.ledger import Budget, Ledger
-from rsm_guidance.core.mixture import GaussianMixtureDenoiser, value
+from rsm_guidance.oracles.mixture import GaussianMixtureDenoiser, value
 from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.core.schedule import NoiseSchedule, Prediction
 from rsm_guidance.core.transitions import Transition

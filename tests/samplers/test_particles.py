@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import rsm_guidance as rg
-from rsm_guidance.core.mixture import (
+from rsm_guidance.oracles.mixture import (
     expected_reward,
     tilt,
 )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import rsm_guidance as rg
-from rsm_guidance.core.mixture import expected_reward, tilt
+from rsm_guidance.oracles.mixture import expected_reward, tilt
 from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.core.schedule import NoiseSchedule, Prediction
 from rsm_guidance.core.transitions import Transition

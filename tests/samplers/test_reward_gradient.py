@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rsm_guidance.core.mixture import tilt
+from rsm_guidance.oracles.mixture import tilt
 from rsm_guidance.core.schedule import Prediction
 from rsm_guidance.core.transitions import Transition
 from rsm_guidance.samplers import RewardGradient, Unguided

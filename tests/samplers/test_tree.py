@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rsm_guidance.core.mixture import GaussianMixtureDenoiser, QuadraticReward
+from rsm_guidance.oracles.mixture import GaussianMixtureDenoiser, QuadraticReward
 from rsm_guidance.core.transitions import Transition
 from rsm_guidance.samplers import BestOfN, FKSteering, Interrupted, SamplerOutput, Unguided
-from rsm_guidance.samplers.tree import TreeSampling, TreeSearch
+from rsm_guidance.samplers.tree.methods import TreeSampling, TreeSearch
 from tests.samplers.tree_cases import BOTH, MIXTURE, RARE, REWARD, SCHEDULE, A, ids, problem, same
 
 

@@ -9,12 +9,12 @@ import torch
 from diffusers import DiffusionPipeline
 
 import rsm_guidance as rg
-from rsm_guidance.core.forest import Forest
-from rsm_guidance.core.mixture import GaussianMixture
+from rsm_guidance.samplers.tree.store import Forest
+from rsm_guidance.oracles.mixture import GaussianMixture
 from rsm_guidance.core.schedule import NoiseSchedule
 from rsm_guidance.core.transitions import Transition
 from rsm_guidance.samplers import tree_file
-from rsm_guidance.samplers.tree import TreeSampling, TreeSearch
+from rsm_guidance.samplers.tree.methods import TreeSampling, TreeSearch
 from tests.samplers.tree_cases import BOTH, A, ids, problem, same
 
 

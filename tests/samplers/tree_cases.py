@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from rsm_guidance.core.ledger import Budget, Ledger
-from rsm_guidance.core.mixture import GaussianMixture, GaussianMixtureDenoiser, QuadraticReward
+from rsm_guidance.oracles.mixture import GaussianMixture, GaussianMixtureDenoiser, QuadraticReward
 from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.core.schedule import NoiseSchedule, Prediction
 from rsm_guidance.core.transitions import Transition
 from rsm_guidance.samplers import Problem, SamplerOutput
-from rsm_guidance.samplers.tree import TreeSampling, TreeSearch
+from rsm_guidance.samplers.tree.methods import TreeSampling, TreeSearch
 
 A = Transition("ddim", 1.0)
 MIXTURE = GaussianMixture.from_weights([0.5, 0.5], [[-2.0], [2.0]], 0.25)

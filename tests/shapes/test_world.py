@@ -15,7 +15,7 @@ from rsm_guidance.shapes.model import _merges, build_tokenizer
 from rsm_guidance.shapes.render import Placed, render
 from rsm_guidance.shapes.scenes import COLORS, SHAPES, Group, SceneSpec, is_held_out, vocabulary, wordings
 from rsm_guidance.shapes.verify import see
-from rsm_guidance.training.preferences import near_miss
+from rsm_guidance.shapes.training.groups import near_miss
 
 
 @given(st.sampled_from(CATEGORIES), st.integers(0, 10**6), st.booleans())

@@ -11,13 +11,13 @@ from torch import nn
 
 from rsm_guidance.cli.main import main
 from rsm_guidance.core.transitions import Transition
-from rsm_guidance.rewards.shapes import to_uint8
+from rsm_guidance.shapes.reward import to_uint8
 from rsm_guidance.shapes import caption_set, verify
 from rsm_guidance.training import reward as reward_training
 from rsm_guidance.training.checkpoint import Ema, load_state, save_state, warmup_cosine
-from rsm_guidance.training.preferences import GroupConfig, batches, generate_groups, sample_groups
-from rsm_guidance.training.reward import pair_loss, renoise
-from rsm_guidance.training.reward_report import pairs_won
+from rsm_guidance.shapes.training.groups import GroupConfig, batches, generate_groups, sample_groups
+from rsm_guidance.shapes.training.reward import pair_loss, renoise
+from rsm_guidance.shapes.training.report import pairs_won
 
 TINY = GroupConfig(siblings=3, steps=4, batch_size=4)
 
@@ -127,7 +127,7 @@ def test_siblings_are_children_of_one_state_completed_and_judged(stock: StableDi
 def test_groups_are_made_once(stock: StableDiffusion3Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     captions = caption_set(6, 1, held_out=False)
     first = generate_groups(stock, captions, TINY, tmp_path, 0, "samples")
-    monkeypatch.setattr("rsm_guidance.training.preferences.sample_groups", None)
+    monkeypatch.setattr("rsm_guidance.shapes.training.groups.sample_groups", None)
     again = generate_groups(stock, captions, TINY, tmp_path, 0, "samples")
     assert torch.equal(first.scores, again.scores) and first.prompts == again.prompts
     with pytest.raises(ValueError, match="made with other settings"):

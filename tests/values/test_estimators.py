@@ -11,7 +11,7 @@ from torch import Tensor
 
 import rsm_guidance as rg
 from rsm_guidance.core.ledger import Ledger
-from rsm_guidance.core.mixture import GaussianMixture, GaussianMixtureDenoiser, QuadraticReward, expected_reward, value
+from rsm_guidance.oracles.mixture import GaussianMixture, GaussianMixtureDenoiser, QuadraticReward, expected_reward, value
 from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.core.schedule import NoiseSchedule
 from rsm_guidance.samplers import FKSteering, RewardGradient

@@ -1,0 +1,334 @@
+"""Samplers against the exact tilted posterior of Gaussian mixtures: `rsm-guidance benchmark exactness`.
+
+Per case, schedule, value and number of particles: the error of E[r], of log Z and of the mode weights, with standard errors
+over independent prompts.  What remains at many particles is the discretisation of the chain.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from rsm_guidance.core.ledger import Ledger
+from rsm_guidance.oracles.mixture import (
+    GaussianMixture,
+    GaussianMixtureDenoiser,
+    QuadraticReward,
+    expected_reward,
+    tilt,
+    value,
+)
+from rsm_guidance.core.random import RandomStreams
+from rsm_guidance.core.schedule import NoiseSchedule, Prediction
+from rsm_guidance.core.transitions import Transition
+from rsm_guidance.io.files import write_atomically, write_json
+from rsm_guidance.samplers import BestOfN, FKSteering, Problem, Sampler, SamplerOutput, TreeSampling, TwistedSMC
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_ANCESTRAL = Transition("ddim", 1.0)
+_CHUNK = 50_000  # plain runs at once
+
+
+def _ring(count: int, radius: float) -> list[list[float]]:
+    angles = [2 * math.pi * k / count for k in range(count)]
+    return [[radius * math.cos(a), radius * math.sin(a)] for a in angles]
+
+
+def _random(seed: int) -> tuple[GaussianMixture, QuadraticReward]:
+    generator = torch.Generator().manual_seed(seed)
+    means = 3 * torch.randn(5, 3, generator=generator, dtype=torch.float64)
+    weights = torch.rand(5, generator=generator, dtype=torch.float64) + 0.1
+    center = torch.randn(3, generator=generator, dtype=torch.float64)
+    return GaussianMixture(weights.log(), means, torch.tensor(0.4)), QuadraticReward.around(center, 0.15)
+
+
+CASES: dict[str, tuple[GaussianMixture, QuadraticReward]] = {
+    "grid": (
+        GaussianMixture.from_weights([1 / 9] * 9, [[x, y] for x in (-4.0, 0.0, 4.0) for y in (-4.0, 0.0, 4.0)], 0.3),
+        QuadraticReward.around([0.0, 0.0], [0.01, 1.0]),
+    ),
+    "ring": (
+        GaussianMixture.from_weights([1 / 8] * 8, _ring(8, 4.0), 0.3),
+        QuadraticReward.around([0.0, 1.0], [1.0, 0.1]),
+    ),
+    "linear": (
+        GaussianMixture.from_weights([0.5, 0.5], [[-2.0], [2.0]], 0.25),
+        QuadraticReward(torch.tensor([1.0]), torch.tensor([0.0])),
+    ),
+    "random": _random(0),
+}
+
+
+@dataclass(frozen=True)
+class ExactnessBenchmark:
+    """Errors against the exact answer, as particles grow.
+
+    Attributes:
+        out: JSON file for the result; a plot of the same name lies beside it.  Cells found in it are not repeated.
+        particles: numbers of particles, or simulations.
+        cases: names of mixtures.
+        steps: levels of the schedules.
+        work: particles in all prompts of one cell together; there are at least 50 prompts.
+        chain: plain runs from which the values of the discretised chain are estimated.
+        seed: names all random numbers.
+    """
+
+    out: Path = Path("exactness.json")
+    particles: tuple[int, ...] = (4, 16, 64, 256)
+    cases: tuple[str, ...] = tuple(CASES)
+    steps: int = 100
+    work: int = 12_800
+    chain: int = 500_000
+    seed: int = 0
+
+
+class _MixtureValue:
+    """V in closed form, or the reward of the posterior mean (Tweedie)."""
+
+    evaluations_per_row = 0.0
+    reward_calls_per_row = 0
+
+    def __init__(self, denoiser: GaussianMixtureDenoiser, reward: QuadraticReward, exact: bool) -> None:
+        self._denoiser, self._reward, self._exact = denoiser, reward, exact
+        self.reads_prediction = not exact
+
+    def __call__(self, x: Tensor, level: int, rows: Tensor, prediction: Prediction | None = None) -> Tensor:
+        denoiser = self._denoiser
+        if self._exact:
+            return value(denoiser.mixture, self._reward, x.double(), *denoiser.schedule.coefficients(level))
+        if level == denoiser.steps:
+            return self._reward(x)
+        return self._reward((prediction or denoiser.predict(x, level)).x0)
+
+
+Sized = Callable[[int], Sampler]
+EXACT: dict[str, Sized] = {
+    "fk-steering": lambda k: FKSteering(k, returned="sample", transition=_ANCESTRAL),
+    "fk-steering, vasr": lambda k: FKSteering(k, threshold=1.0, returned="sample", transition=_ANCESTRAL),
+    "smc": lambda k: TwistedSMC(k, returned="sample", transition=_ANCESTRAL),
+    "smc, power 1": lambda k: TwistedSMC(k, power=1.0, returned="sample", transition=_ANCESTRAL),
+    "tree-sampling": lambda k: TreeSampling(k, transition=_ANCESTRAL),
+}
+GREEDY: dict[str, Sized] = {"best-of-n (greedy)": lambda k: BestOfN(k, _ANCESTRAL)}
+
+
+def mixture_problem(
+    case: str, schedule: NoiseSchedule, prompts: int, exact: bool, seed: int = 0
+) -> tuple[Problem, GaussianMixture, QuadraticReward]:
+    """A sampling task on a case, with its mixture and reward."""
+    mixture, reward = CASES[case]
+    names = [f"point {i}" for i in range(prompts)]
+    denoiser = GaussianMixtureDenoiser(mixture, schedule, names, seed)
+    ledger = Ledger(images=prompts)
+    streams = RandomStreams.for_prompts(seed, names)
+    task = Problem(denoiser, streams, ledger, lambda x, p: reward(x), _MixtureValue(denoiser, reward, exact))
+    return task, mixture, reward
+
+
+def errors(output: SamplerOutput, mixture: GaussianMixture, reward: QuadraticReward) -> dict[str, Any]:
+    """Errors (estimate - exact) and standard errors of E[r] and log Z, and the total variation of the mode weights."""
+    tilted, log_z = tilt(mixture, reward)
+    candidates = output.trace["candidates"]
+    rewards = torch.tensor(candidates["rewards"], dtype=torch.float64)
+    if output.log_normalizer is None:  # greedy: what it returns is its answer
+        assert output.rewards is not None
+        means = output.rewards
+    else:
+        means = (torch.tensor(candidates["log_weights"], dtype=torch.float64).exp() * rewards).sum(1)
+    count = len(means)
+    nearest = tilted.component_log_prob(output.latents.double()).argmax(1)
+    weights = torch.bincount(nearest, minlength=len(tilted.weights)).double() / count
+    found = {
+        "reward_error": float(means.mean() - expected_reward(tilted, reward)),
+        "reward_standard_error": float(means.std() / count**0.5),
+        "mode_total_variation": float((weights - tilted.weights).abs().sum() / 2),
+        "mode_noise": float((tilted.weights * (1 - tilted.weights) / count).sqrt().sum() / math.sqrt(2 * math.pi)),
+    }
+    if output.log_normalizer is not None:
+        z = output.log_normalizer.exp()
+        found["log_z_error"] = float(z.mean().log() - log_z)
+        found["log_z_standard_error"] = float(z.std() / z.mean() / count**0.5)
+    return found
+
+
+def discretisation(case: str, schedule: NoiseSchedule, runs: int, seed: int = 0) -> dict[str, float]:
+    """What finitely many levels cost: E[r] and log Z of the unguided chain itself, tilted, minus the exact ones.
+
+    By importance weights over plain runs.  Samplers of this chain converge to its values, not to those of the mixture.
+    """
+    mixture, reward = CASES[case]
+    tilted, log_z = tilt(mixture, reward)
+    generator = torch.Generator().manual_seed(seed)
+    denoiser = GaussianMixtureDenoiser(mixture, schedule, [])
+    found = []
+    for _ in range(-(-runs // _CHUNK)):
+        eps = torch.randn(_CHUNK, mixture.dimension, generator=generator, dtype=torch.float64)
+        x = schedule.add_noise(mixture.sample(_CHUNK, generator), eps, 0)
+        for level in range(schedule.steps):
+            gaussian = _ANCESTRAL(denoiser.predict(x, level), schedule, level, level + 1)
+            x = gaussian.sample(torch.randn(x.shape, generator=generator, dtype=torch.float64))
+        found.append(reward(x))
+    rewards = torch.cat(found)
+    weights = (rewards - log_z).exp()
+    z, mean = weights.mean(), (weights * rewards).sum() / weights.sum()
+    spread = (weights * (rewards - mean)).square().mean().sqrt() / z
+    root = math.sqrt(len(rewards))
+    return {
+        "reward_error": float(mean - expected_reward(tilted, reward)),
+        "reward_standard_error": float(spread / root),
+        "log_z_error": float(z.log()),
+        "log_z_standard_error": float(weights.std() / z / root),
+    }
+
+
+def run_exactness_benchmark(config: ExactnessBenchmark) -> dict[str, Any]:
+    """Run every cell, write JSON and plot, and return the result.
+
+    Raises:
+        ValueError: for an unknown case.
+    """
+    unknown = sorted(set(config.cases) - CASES.keys())
+    if unknown:
+        raise ValueError(f"unknown case {unknown[0]!r}; choose from {', '.join(CASES)}")
+    schedules = {
+        "flow": NoiseSchedule.flow(config.steps),
+        "vp": NoiseSchedule.variance_preserving(config.steps),
+    }
+    cells = [
+        (case, schedule, exact, name, k)
+        for case in config.cases
+        for schedule in schedules
+        for exact in (True, False)
+        for name in (*EXACT, *(GREEDY if exact else ()))
+        for k in config.particles
+        if exact or name != "tree-sampling"  # it reads no values
+    ]
+    settings = {"steps": config.steps, "seed": config.seed}
+    done = _found(config.out, settings)
+    rows = []
+    for case, schedule, exact, name, k in tqdm(cells, desc="exactness", unit="cell"):
+        prompts = max(50, config.work // k)
+        kind = "none" if name == "tree-sampling" else "exact" if exact else "tweedie"
+        cell = {"case": case, "schedule": schedule, "value": kind, "sampler": name, "particles": k, "prompts": prompts}
+        known = next((d for d in done if cell.items() <= d.items()), None)
+        if known is not None:
+            rows.append(known)
+            continue
+        task, mixture, reward = mixture_problem(case, schedules[schedule], prompts, exact, config.seed)
+        output = (EXACT | GREEDY)[name](k).sample(task)
+        rows.append(cell | errors(output, mixture, reward))
+        write_json(config.out, settings | {"cells": rows + [d for d in done if d not in rows]})
+    chains = [
+        {"case": case, "schedule": name, **discretisation(case, schedule, config.chain, config.seed)}
+        for case in config.cases
+        for name, schedule in schedules.items()
+    ]
+    result = settings | {"discretisation": chains, "cells": rows}
+    write_json(config.out, result)
+    write_atomically(config.out.with_suffix(".png"), lambda path: plot(result).savefig(path, dpi=130))
+    return result
+
+
+def _found(path: Path, settings: dict[str, int]) -> list[dict[str, Any]]:
+    """Cells of an earlier run with the same settings; none if there is no such file, or it is damaged."""
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        cells: list[dict[str, Any]] = earlier["cells"] if settings.items() <= earlier.items() else []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+    return cells
+
+
+@dataclass(frozen=True)
+class _Point:
+    """Mean absolute error over cases and schedules at a number of particles, from the exact values and from the chain's.
+
+    `deviation` is the largest of the latter in standard errors.
+    """
+
+    particles: int
+    error: float
+    apart: float
+    deviation: float
+
+
+def _mean_over_cases(result: dict[str, Any], key: str) -> dict[tuple[str, str], list[_Point]]:
+    """Points per sampler and value."""
+    chains = {(c["case"], c["schedule"]): c for c in result["discretisation"]}
+    lines: dict[tuple[str, str], list[_Point]] = {}
+    cells = [c for c in result["cells"] if f"{key}_error" in c]
+    for name, kind in dict.fromkeys((c["sampler"], c["value"]) for c in cells):
+        mine = [c for c in cells if (c["sampler"], c["value"]) == (name, kind)]
+        for k in sorted({c["particles"] for c in mine}):
+            at = [c for c in mine if c["particles"] == k]
+            sizes, aparts, deviations = [], [], []
+            for cell in at:
+                chain = chains[cell["case"], cell["schedule"]]
+                error = math.hypot(cell[f"{key}_standard_error"], chain[f"{key}_standard_error"])
+                sizes.append(abs(cell[f"{key}_error"]))
+                aparts.append(abs(cell[f"{key}_error"] - chain[f"{key}_error"]))
+                deviations.append(aparts[-1] / error)
+            point = _Point(k, float(np.mean(sizes)), float(np.mean(aparts)), max(deviations))
+            lines.setdefault((name, kind), []).append(point)
+    return lines
+
+
+def plot(result: dict[str, Any]) -> "Figure":
+    """Mean absolute errors over cases and schedules against particles, as measured from the discretised chain."""
+    from matplotlib.figure import Figure  # takes its time, which other commands need not
+
+    figure = Figure(figsize=(12.5, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    names = list(_mean_over_cases(result, "reward"))
+    for axis, key, title in zip(axes, ("reward", "log_z"), ("E[r]", "log Z"), strict=True):
+        for (name, kind), points in _mean_over_cases(result, key).items():
+            i = names.index((name, kind))
+            style = {
+                "ls": "--" if kind == "tweedie" else "-",
+                "marker": "os^Dv<>ph*"[i % 10],
+                "color": f"C{i % 10}",
+                "ms": 4,
+            }
+            label = name if kind == "none" else f"{name}, {kind} value"
+            axis.plot([p.particles for p in points], [p.apart for p in points], label=label, **style)
+        sizes = sorted({c["particles"] for c in result["cells"]})
+        axis.set(xscale="log", yscale="log", xlabel="particles per prompt", title=f"mean absolute error of {title}")
+        axis.set_xticks(sizes, [str(k) for k in sizes])
+        axis.set_xticks([], minor=True)
+        axis.grid(alpha=0.25, which="both")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    return figure
+
+
+def exactness_table(result: dict[str, Any]) -> str:
+    """Mean absolute errors over cases and schedules, as a Markdown table.
+
+    Its last columns are the largest deviation, of all cells with the most particles, from the chain's own values.
+    """
+    rewards, normalizers = _mean_over_cases(result, "reward"), _mean_over_cases(result, "log_z")
+    sizes = sorted({c["particles"] for c in result["cells"]})
+    head = ["sampler", "value", *(f"{what}, K={k}" for what in ("E[r]", "log Z") for k in sizes)]
+    head += ["E[r], largest deviation", "log Z"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for (name, kind), points in rewards.items():
+        other = normalizers.get((name, kind), [])
+        errors_of = [f"{p.error:.3f}" for p in points] + ([f"{p.error:.3f}" for p in other] or [""] * len(sizes))
+        last = [f"{p[-1].deviation:.1f}" if p else "" for p in (points, other)]
+        lines.append(f"| {name} | {kind} | " + " | ".join(errors_of + last) + " |")
+    chains = result["discretisation"]
+    worst = {key: max(abs(c[f"{key}_error"]) for c in chains) for key in ("reward", "log_z")}
+    lines.append("")
+    lines.append(
+        f"Deviations are in standard errors, from the tilted law of the {result['steps']}-level chain, which differs from the "
+        f"exact one by up to {worst['reward']:.3f} in E[r] and {worst['log_z']:.3f} in log Z."
+    )
+    return "\n".join(lines)

@@ -1,0 +1,55 @@
+"""Short names of packaged models, as strings that are resolved when they are used, and objects by "package.module:name"."""
+
+import pkgutil
+from dataclasses import dataclass, field
+from typing import Any
+
+from rsm_guidance.core.contracts import UsageError
+
+MODELS: dict[str, str] = {"shapes": "rsm_guidance.shapes.packaged:MODEL"}
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A pipeline that a package carries.
+
+    Attributes:
+        path: its folder.
+        call: arguments of the pipeline call with which it was measured.
+    """
+
+    path: str
+    call: dict[str, Any] = field(default_factory=dict)
+
+
+def packaged_model(name: str) -> PackagedModel | None:
+    """The packaged model of a name, or of the folder in which it lies; None if there is none."""
+    if name in MODELS:
+        found: PackagedModel = load_object(MODELS[name])
+        return found
+    return next((m for m in map(load_object, MODELS.values()) if m.path == name), None)
+
+
+def model_location(name: str) -> str:
+    """Where the model of a name lies; hub ids and folders stay what they are."""
+    return name if name not in MODELS else load_object(MODELS[name]).path
+
+
+def model_name(location: str) -> str:
+    """The short name of a packaged model's folder; other locations stay what they are."""
+    return next((name for name in MODELS if model_location(name) == location), location)
+
+
+def load_object(path: str) -> Any:
+    """The object at "package.module:name".
+
+    Raises:
+        UsageError: if the module or the name does not exist.
+    """
+    module, colon, name = path.partition(":")
+    if not (module and colon and name):
+        raise UsageError(f"{path!r} names no object; write package.module:name")
+    try:
+        return pkgutil.resolve_name(path)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(f"cannot import {path!r}: {type(error).__name__}: {error}") from error

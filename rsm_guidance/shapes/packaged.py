@@ -1,0 +1,21 @@
+"""Where the packaged weights of the shapes world lie, and the settings with which they were measured."""
+
+from pathlib import Path
+
+from rsm_guidance.io.names import PackagedModel
+
+STEPS = 20
+GUIDANCE_SCALE = 3.0
+_WEIGHTS = Path(__file__).parent / "weights"
+MODEL = PackagedModel(str(_WEIGHTS / "model"), {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE_SCALE})
+DRM = _WEIGHTS / "drm"
+
+
+def model_path() -> str:
+    """Folder of the packaged shapes model, in stock diffusers layout (for `from_pretrained`)."""
+    return MODEL.path
+
+
+def drm_path() -> str:
+    """Folder of the packaged diffusion reward model of the shapes world."""
+    return str(DRM)

@@ -1,0 +1,93 @@
+"""How good a judge is: pair and sibling accuracy per noise level, as numbers, table and plot."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rsm_guidance.shapes.training.groups import Groups
+from rsm_guidance.reward_models import DiffusionRewardModel
+
+SIGMAS = (0.05, 0.2, 0.4, 0.6, 0.75, 0.85, 0.92, 0.97)
+_GAP = 0.05
+_FEW_PAIRS = 20
+
+
+def pairs_won(scores: Tensor, targets: Tensor) -> tuple[float, int]:
+    """Sum of pairs ordered right (ties count half) and number of pairs; scores and targets [G, K]."""
+    wins = (targets[:, :, None] - targets[:, None, :]) > _GAP
+    difference = scores[:, :, None] - scores[:, None, :]
+    right = (difference > 0).double() + 0.5 * (difference == 0).double()
+    return float(right[wins].sum()), int(wins.sum())
+
+
+@torch.no_grad()
+def pair_accuracy(drm: DiffusionRewardModel, groups: Groups, sigma: float, seed: int = 0) -> tuple[float, int]:
+    """Accuracy on finished samples re-noised to one level, and the number of pairs."""
+    g, k = groups.finals.shape[:2]
+    noise = torch.randn(groups.finals.shape, generator=torch.Generator().manual_seed(seed))
+    latents = (1 - sigma) * groups.finals.float() + sigma * noise
+    prompts = [p for p in groups.prompts for _ in range(k)]
+    right, count = pairs_won(drm.score(latents.flatten(0, 1), 1000 * sigma, prompts).view(g, k), groups.scores)
+    return right / max(count, 1), count
+
+
+@torch.no_grad()
+def sibling_accuracy(drm: DiffusionRewardModel, groups: Groups) -> dict[float, tuple[float, int]]:
+    """Accuracy on siblings by the noise level at which they lie: sigma -> (accuracy, pairs)."""
+    k = groups.children.shape[1]
+    result = {}
+    for sigma in sorted(set(groups.sigma.tolist())):
+        index = (groups.sigma == sigma).nonzero().flatten()
+        prompts = [groups.prompts[i] for i in index.tolist() for _ in range(k)]
+        scores = drm.score(groups.children[index].float().flatten(0, 1), 1000 * sigma, prompts).view(-1, k)
+        right, count = pairs_won(scores, groups.scores[index])
+        if count:
+            result[sigma] = (right / count, count)
+    return result
+
+
+def validation_accuracy(drm: DiffusionRewardModel, groups: Groups) -> dict[str, float]:
+    """Pair accuracy over three levels, sibling accuracy, and both over all their pairs together."""
+    drm.eval()
+    pairs, siblings = (
+        [pair_accuracy(drm, groups, s) for s in (0.2, 0.6, 0.85)],
+        [*sibling_accuracy(drm, groups).values()],
+    )
+
+    def pooled(results: list[tuple[float, int]]) -> float:
+        return sum(a * n for a, n in results) / max(1, sum(n for _, n in results))
+
+    return {"pair": pooled(pairs), "sibling": pooled(siblings), "mean": pooled(pairs + siblings)}
+
+
+def report_accuracy(drm: DiffusionRewardModel, groups: Groups, plot: Path) -> dict[str, object]:
+    """Accuracy per level on held-out captions, generated images only, and a plot of it."""
+    pair = {s: pair_accuracy(drm, groups, s) for s in SIGMAS}
+    sibling = sibling_accuracy(drm, groups)
+    draw_accuracy({"re-noised pairs": pair, "siblings": sibling}, plot)
+    return {
+        "pair": [{"sigma": s, "accuracy": a, "pairs": n} for s, (a, n) in pair.items()],
+        "sibling": [{"sigma": s, "accuracy": a, "pairs": n} for s, (a, n) in sibling.items()],
+        "validation": validation_accuracy(drm, groups),
+    }
+
+
+def draw_accuracy(curves: dict[str, dict[float, tuple[float, int]]], path: Path) -> None:
+    """Accuracy against noise level with one standard error, pairs taken as independent; levels of few pairs left out."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    for label, curve in curves.items():
+        points = [(sigma, a, n) for sigma, (a, n) in curve.items() if n >= _FEW_PAIRS]
+        if not points:
+            continue
+        sigma, accuracy, count = np.array(points).T
+        error = np.sqrt(accuracy * (1 - accuracy) / count)
+        axes.errorbar(sigma, accuracy, error, marker="o", capsize=3, label=label)
+    axes.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
+    axes.set(xlabel="noise level sigma", ylabel="accuracy", ylim=(0.35, 1.0), title="Reward model on held-out captions")
+    axes.legend()
+    figure.savefig(path, dpi=150)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rsm_guidance.core.contracts import Denoiser, Reward, Value, ValueSource
+from rsm_guidance.core.contracts import Denoiser, Reward
 from rsm_guidance.core.ledger import Ledger
 from rsm_guidance.core.meter import MeteredDenoiser, MeteredReward, MeteredValue
 from rsm_guidance.core.random import Name, RandomStreams
@@ -62,15 +62,19 @@ class Task:
     def __post_init__(self) -> None:
         inner: Denoiser = self.denoiser
         self.denoiser = MeteredDenoiser(inner, self.ledger)
-        if self.reward is not None:
-            reward: Reward = as_reward(self.reward)
-            check_columns(reward, self.columns, self.count)
-            self.reward = RowReward(MeteredReward(reward, self.ledger), self.denoiser.prompts, self.columns)
-        if self.value is not None:
-            source: ValueSource | Value = self.value
-            made = getattr(source, "value", None)
-            value: Value = source if made is None else made(self.denoiser, self.reward, self.streams)  # type: ignore[assignment]
-            self.value = MeteredValue(value, self.ledger)
+        self.reward = None if self.reward is None else self.bound_reward(self.reward)
+        self.value = None if self.value is None else self.bound_value(self.value)
+
+    def bound_reward(self, reward: Reward | Callable[..., Any]) -> RowReward:
+        """A reward that knows the rows of this task, metered."""
+        found = as_reward(reward)
+        check_columns(found, self.columns, self.count)
+        return RowReward(MeteredReward(found, self.ledger), self.denoiser.prompts, self.columns)
+
+    def bound_value(self, value: Any) -> MeteredValue:
+        """A `Value`, or that of a `ValueSource` for this task, metered."""
+        made = getattr(value, "value", None)
+        return MeteredValue(value if made is None else made(self.denoiser, self.reward, self.streams), self.ledger)
 
     @property
     def count(self) -> int:

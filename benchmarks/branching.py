@@ -24,7 +24,7 @@ from rsm_guidance.io.files import write_atomically, write_json
 from rsm_guidance.evaluation.generate import Generation, load_pipeline, watched
 from rsm_guidance.samplers import Problem
 from rsm_guidance.shapes import caption_set, model_path
-from rsm_guidance.values import DiffusionRewardModel, load_judge
+from rsm_guidance.values import DiffusionRewardModel, resolve_reward
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,7 +80,7 @@ def run_branching_benchmark(config: BranchingBenchmark) -> dict[str, Any]:
             f"branches need a stochastic transition between single levels (ddim, cps or flow_sde with noise above 0); got "
             f"{config.transition}"
         )
-    reward = load_judge(config.reward)
+    reward = resolve_reward(config.reward)
     if isinstance(reward, DiffusionRewardModel):
         raise ValueError("reward must be a function of images, such as shapes-correct")
     pipe, generation = load_pipeline(config.model), Generation.for_model(config.model, config.steps)

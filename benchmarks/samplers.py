@@ -27,7 +27,7 @@ from rsm_guidance.evaluation.generate import (
 from rsm_guidance.evaluation.statistics import mean_interval
 from rsm_guidance.samplers import BestOfN, Sampler, StepwiseSampling, Unguided
 from rsm_guidance.shapes import CATEGORIES, caption_set, model_path, parse_caption, verify
-from rsm_guidance.values import DiffusionRewardModel, load_judge
+from rsm_guidance.values import DiffusionRewardModel, resolve_reward
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def judged(samples: list[Sample]) -> dict[str, Any]:
 def run_samplers_benchmark(config: SamplersBenchmark) -> dict[str, Any]:
     """Run what is missing of the benchmark, write the JSON after every sampler, and return it."""
     pipe = load_pipeline(config.model)
-    judge = load_judge(config.reward)
+    judge = resolve_reward(config.reward)
     if not isinstance(judge, DiffusionRewardModel):
         raise ValueError("the benchmark compares samplers guided by a diffusion reward model; pass one as reward")
     prompts = [c.text for c in caption_set(config.captions, 0)]

@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline
 from matplotlib.figure import Figure
 from PIL import Image
 
-from rsm_guidance import SAMPLERS, GuidedPipelineOutput, Transition, Unguided, load_judge, make_sampler
+from rsm_guidance import SAMPLERS, GuidedPipelineOutput, Transition, Unguided, resolve_reward, make_sampler
 from rsm_guidance.evaluation.generate import Generation, load_pipeline
 from rsm_guidance.evaluation.traces import draw_trace
 from rsm_guidance.samplers import Progress, Sampler
@@ -160,7 +160,7 @@ def build_demo(model: str = "shapes", reward: str = "shapes-drm") -> gr.Blocks:
     """The page for a model (hub id, folder or "shapes") and a reward; a ValueError says what cannot be loaded."""
     embedded = model == "shapes" or model == model_path()
     model = model_path() if embedded else model
-    pipe, judge = load_pipeline(model), load_judge(reward)
+    pipe, judge = load_pipeline(model), resolve_reward(reward)
     defaults = Generation.for_model(model)
     stock_steps = inspect.signature(type(pipe).__call__).parameters["num_inference_steps"].default
     busy = Lock()  # a pipeline serves one call at a time; an abandoned run may still be ending

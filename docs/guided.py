@@ -13,7 +13,7 @@ from rsm_guidance.io.files import write_image
 from rsm_guidance.evaluation.generate import Generation, generate, load_pipeline
 from rsm_guidance.evaluation.pictures import grid
 from rsm_guidance.shapes.scenes import PREFIXES
-from rsm_guidance.values import load_judge
+from rsm_guidance.values import resolve_reward
 
 CATEGORIES = ("two_objects", "counting")  # what the model finds hardest
 
@@ -21,7 +21,7 @@ CATEGORIES = ("two_objects", "counting")  # what the model finds hardest
 def main() -> None:
     """The first held-out captions of the hardest categories, in the order of the benchmark's caption set."""
     captions = [c for c in shapes.caption_set(512) if c.category in CATEGORIES][:8]
-    pipe, judge = load_pipeline(shapes.model_path()), load_judge("shapes-drm")
+    pipe, judge = load_pipeline(shapes.model_path()), resolve_reward("shapes-drm")
     generation = Generation.for_model(shapes.model_path())
     guided = StepwiseSampling(trajectories=2)
     rows = []

@@ -39,11 +39,12 @@ class Purpose(StrEnum):
 
 
 _WORDS = 624
-_FIRST = 8 * 3  # torch's layout: seed, (left, seeded), next, then 624 words of 64 bits of which 32 are used
+_FIRST = 3  # torch's layout, in 64 bits: seed, (left, seeded), next, then 624 words of which 32 bits are used
+_FRESH = torch.Generator().manual_seed(0).get_state()
 
 
 def _spelled(name: tuple[Name, ...]) -> bytes:
-    return "\x1f".join(f"{'int' if isinstance(part, int) else 'str'}:{part}" for part in name).encode()
+    return "\x1f".join([f"int:{part}" if isinstance(part, int) else f"str:{part}" for part in name]).encode()
 
 
 def derive_seed(*name: Name) -> int:
@@ -53,11 +54,12 @@ def derive_seed(*name: Name) -> int:
 
 def generator_of(*name: Name) -> torch.Generator:
     """A CPU generator whose whole state derives from a name."""
-    generator = torch.Generator().manual_seed(derive_seed(*name))
-    state = generator.get_state()
-    words = np.frombuffer(hashlib.shake_256(_spelled(name)).digest(4 * _WORDS), dtype="<u4")
-    state.numpy()[_FIRST : _FIRST + 8 * _WORDS].view(np.uint64)[:] = words
-    return generator.set_state(state)
+    digest = hashlib.shake_256(_spelled(name)).digest(4 * _WORDS)
+    state = _FRESH.clone()
+    words = state.numpy()[: 8 * (_FIRST + _WORDS)].view(np.uint64)
+    words[_FIRST:] = np.frombuffer(digest, dtype="<u4")
+    words[0] = int.from_bytes(digest[:8], "big") >> 1  # what `initial_seed` tells
+    return torch.Generator().set_state(state)
 
 
 @dataclass(frozen=True)

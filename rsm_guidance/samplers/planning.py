@@ -153,8 +153,8 @@ def cost(sampler: Sampler, costs: Costs) -> float:
 def planned(sampler: Sampler, task: Task) -> tuple[Sampler, int | None]:
     """The sampler as large as the budget of a task allows, and its number of guided levels (None for all).
 
-    Below its smallest size a method that goes through the levels once is guided at the first, noisiest levels alone, any
-    other not at all.
+    Where nothing above its smallest size fits, a method that goes through the levels once is guided at the first, noisiest
+    levels alone, any other not at all.
     Methods that mind the budget themselves are returned as they are.
     """
     budget = task.ledger.budget
@@ -175,8 +175,12 @@ def planned(sampler: Sampler, task: Task) -> tuple[Sampler, int | None]:
         return sampler, None
     task.ledger.stop("budget")
     smallest = _smallest(sampler)
+    name = sampler.budget_field
     if fits(smallest):
-        return _largest(smallest, getattr(sampler, str(sampler.budget_field)), fits), None
+        found = _largest(smallest, getattr(sampler, str(name)), fits)
+        if found is not smallest or not isinstance(sampler, Kernel):
+            return found, None
+        smallest = replace(smallest, **{str(name): getattr(smallest, str(name)) + 1})  # type: ignore[type-var]
     if not isinstance(sampler, Kernel) or not fits(smallest, 0):
         return Unguided(sampler.transition), None
     levels = 0

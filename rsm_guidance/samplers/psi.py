@@ -86,8 +86,7 @@ class CrankNicolson:
         kept: list[tuple[Tensor, Tensor]] = []
         taken = torch.zeros(len(x), dtype=torch.float64)
         for move in range(self.moves(count)):
-            if x0 is not None:
-                yield Info(0, first_of(x0, c), silent=True)
+            yield Info(0, None if x0 is None else first_of(x0, c), silent=True)
             chains = x.unflatten(0, (task.count, c))
             fresh = [neighbours(task, chains[:, i], self.rho, Purpose.MOVE, i, move) for i in range(c)]
             proposal = interleave(fresh) + (self._push(scale) * slope).to(x)

@@ -89,7 +89,7 @@ def test_bad_input_is_refused(stock: StableDiffusion3Pipeline, drm: rg.Diffusion
         rg.DiffusionRewardModel.from_pipeline(stock, adaptation="half")  # type: ignore[arg-type]
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="is not a diffusion reward model"):
-        rg.load_judge(str(tmp_path / "empty"))
+        rg.resolve_reward(str(tmp_path / "empty"))
 
 
 def test_damaged_checkpoints_are_refused(drm: rg.DiffusionRewardModel, tmp_path: Path) -> None:
@@ -108,10 +108,10 @@ def test_damaged_checkpoints_are_refused(drm: rg.DiffusionRewardModel, tmp_path:
 
 def test_unknown_rewards_are_refused_with_the_choices() -> None:
     with pytest.raises(ValueError, match="shapes-drm, shapes-verifier"):
-        rg.load_judge("no-such-reward")
+        rg.resolve_reward("no-such-reward")
     with pytest.raises(ValueError, match="cannot import"):
-        rg.load_judge("no_such_module:thing")
+        rg.resolve_reward("no_such_module:thing")
     with pytest.raises(ValueError, match="is a str, not a function"):
-        rg.load_judge("string:digits")
+        rg.resolve_reward("string:digits")
     with pytest.raises(ValueError, match="got int"):
-        rg.load_judge(3)
+        rg.resolve_reward(3)

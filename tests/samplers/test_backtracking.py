@@ -125,7 +125,7 @@ def test_through_the_pipeline(guided: Any, drm: rg.DiffusionRewardModel) -> None
 def test_bad_input() -> None:
     for options, words in (
         ({"attempts": -1}, "attempts must be at least 0"),
-        ({"checks": 0}, "checks at least 1"),
+        ({"checks": 0}, "checks must be at least 1"),
         ({"back": 0.0}, r"in \(0, 1\]"),
         ({"quantile": 1.5}, "quantile must be in"),
         ({"threshold": float("nan")}, "threshold must be finite"),

@@ -115,7 +115,7 @@ def test_neighbours_have_the_law_of_a_start_also_where_it_has_a_mean() -> None:
     inner = task.denoiser.initial
     object.__setattr__(task.denoiser, "initial", lambda generators=None: inner(generators) + 3)
     pivot = task.initial(0)
-    near = NoiseSearch(candidates=1, radius=0.6)._start(task, 1, pivot)
+    near = NoiseSearch(candidates=1, radius=0.6).near(task, 1, pivot)
     assert abs(near.mean() - 3) < 0.05 and abs(near.var() - 1) < 0.05
     correlation = ((near - 3) * (pivot - 3)).mean()
     assert abs(correlation - 0.8) < 0.05
@@ -199,9 +199,9 @@ def test_bad_input() -> None:
     for options, words in (
         ({"mode": "first-order"}, "mode must be"),
         ({"candidates": 0}, "candidates must be at least 1"),
-        ({"back": 0.0}, r"back must be in \(0, 1\]"),
-        ({"radius": 0.0}, r"radius must be in \(0, 1\]"),
-        ({"start": 1.5}, r"start must be in \(0, 1\]"),
+        ({"back": 0.0}, r"back is a share in \(0, 1\]"),
+        ({"radius": 0.0}, r"radius is a share in \(0, 1\]"),
+        ({"start": 1.5}, r"start is a share in \(0, 1\]"),
         ({"mode": "paths", "transition": Transition("glass", inner=2)}, "branch between single levels"),
     ):
         with pytest.raises(ValueError, match=words):

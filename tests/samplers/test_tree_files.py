@@ -16,7 +16,7 @@ from rsm_guidance.core.schedule import NoiseSchedule
 from rsm_guidance.core.transitions import Transition
 from rsm_guidance.samplers.tree import file as tree_file
 from rsm_guidance.samplers.tree.methods import TreeSampling, TreeSearch
-from tests.samplers.tree_cases import BOTH, A, ids, problem, same
+from tests.samplers.tree_cases import BOTH, REWARD, A, ids, problem, same
 
 
 @pytest.mark.parametrize("sampler", BOTH, ids=ids)
@@ -112,7 +112,7 @@ def test_files_of_other_runs_and_damaged_ones_are_refused(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="grown with another model"):
         run(TreeSampling(6, **base), task)  # type: ignore[arg-type]
     task = problem()
-    task.reward = lambda x, prompts: 2 * problem().reward(x, prompts)  # type: ignore[misc]
+    task.reward = lambda x, prompts: 2 * REWARD(x)
     with pytest.raises(ValueError, match="grown with another reward: a leaf of prompt 0 had"):
         run(TreeSampling(6, **base), task)  # type: ignore[arg-type]
     good = path.read_bytes()

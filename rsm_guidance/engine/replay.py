@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rsm_guidance.core.contracts import UsageError
 from rsm_guidance.core.schedule import Prediction
-from rsm_guidance.engine.arguments import Batch, Group, Layout, NotReplayable
+from rsm_guidance.engine.arguments import Batch, Group, Layout, NotReplayable, size_of
 from rsm_guidance.engine.denoiser import PipelineDenoiser
 from rsm_guidance.engine.families import denoisers_of
 from rsm_guidance.engine.learning import Learner
@@ -203,6 +203,11 @@ class Replay:
     def evaluations_per_row(self) -> int:
         """Denoiser evaluations per latent: 2 with classifier-free guidance."""
         return sum(call.copies for call in self.calls if call.name in self._denoisers)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of what is kept for the rows."""
+        return sum(size_of(part) for call in self.calls for part in (call.args, call.kwargs))
 
     def _rows(self, x: Tensor, rows: Tensor | None) -> Tensor:
         if tuple(x.shape[1:]) != self.shape:

@@ -128,7 +128,9 @@ def _unguided(pipe: DiffusionPipeline) -> list[dict[str, Any]]:
     traits = traits_of(pipe)
     parameters = inspect.signature(stock_call_of(type(pipe))).parameters
     guided = traits.negatives or hasattr(type(pipe), "do_classifier_free_guidance")
-    if traits.true_cfg or "guidance_scale" not in parameters or not guided:
+    if traits.true_cfg:
+        return [{"true_cfg_scale": 1.0}]
+    if "guidance_scale" not in parameters or not guided:
         return [{}]
     return [{"guidance_scale": 1.0}, {"guidance_scale": 0.0}]
 

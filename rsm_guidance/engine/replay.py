@@ -218,9 +218,9 @@ class Replay:
         return rows
 
     def _outputs(self, batch: Batch, module: nn.Module | Mapping[str, nn.Module] | None) -> list[Any]:
-        given = dict.fromkeys(self._denoisers, module) if isinstance(module, nn.Module) else dict(module or {})
+        given = dict.fromkeys(self._denoisers, module) if isinstance(module, nn.Module) else module or {}
         for call in self.calls:
-            called = given.get(call.name) or getattr(self.pipe, call.name)
+            called = given[call.name] if call.name in given else getattr(self.pipe, call.name)
             batch.outputs.append(called(*call.args.value(batch), **call.kwargs.value(batch)))
             if call.name in self._denoisers:
                 self.evaluations += call.copies * len(batch.x)

@@ -153,7 +153,7 @@ def test_closing_unwinds_the_call_and_frees_the_hooks_once(monkeypatch: pytest.M
     with opened() as (denoiser, _):
         denoiser.initial()
         monkeypatch.setattr(denoiser.pipe, "maybe_free_model_hooks", lambda: freed.append(1))
-        loop = denoiser._loop
+        paused = denoiser._paused
         denoiser.close()
         denoiser.close()
-        assert loop is not None and not loop.alive and freed == [1]
+        assert paused is not None and not paused.loop.alive and freed == [1]

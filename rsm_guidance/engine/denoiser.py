@@ -248,11 +248,12 @@ class PipelineDenoiser:
         call.pop("callback", None)
         loop = self._new_loop(call, rows, x, stand_ins=stand_ins)
         try:
-            loop.resume()
-            pause = loop.resume()
-            while isinstance(pause, Step):
+            _start_of(loop)
+            for level in range(self.steps):  # and not to the end of the call, where it decodes
+                pause = loop.resume(x if level else None)
+                if not isinstance(pause, Step):
+                    return
                 yield pause
-                pause = loop.resume(x)
         finally:
             self.evaluations += loop.evaluations
             loop.close()

@@ -35,7 +35,11 @@ _SCORE_BATCH = 256
 
 
 class LatentScorer(nn.Module):
-    """Trunk and head of a DRM: the module that is trained, and that DDP wraps."""
+    """Trunk and head of a DRM: the module that is trained, and that DDP wraps.
+
+    Parameters that the last tap does not depend on get no gradient (the text stream of a last joint block, say), so DDP needs
+    `find_unused_parameters=True` where the trunk is trained whole.
+    """
 
     def __init__(self, trunk: Trunk, head: RewardHead) -> None:
         super().__init__()

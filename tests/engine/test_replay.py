@@ -121,6 +121,34 @@ def test_gradients_flow_and_rows_keep_their_prompts_and_other_timesteps_are_told
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["sdxl", "sd15_inpaint", "flux", "sana", "zimage", "wan"])
+def test_half_precision_is_rounded_as_the_engine_rounds(name: str) -> None:
+    pipe = ZOO[name].build().to(torch.bfloat16)
+    with closing(PipelineDenoiser(pipe, call(name, guided=False))) as denoiser:
+        replay, x = Replay.record(denoiser), denoiser.initial()
+        levels = torch.tensor([1, denoiser.steps - 1])
+        driven = [denoiser.predict(x.clone(), level) for level in levels.tolist()]
+    replayed = replay.denoise(x, levels)
+    for row, engine in enumerate(driven):
+        for expected, found in zip(parts_of(engine), parts_of(replayed), strict=True):
+            assert expected.dtype == found.dtype and torch.equal(expected[row], found[row])
+
+
+@torch.no_grad()
+def test_recording_decodes_nothing_and_frees_offloaded_modules() -> None:
+    pipe = ZOO["sd3"].build()
+    with closing(PipelineDenoiser(pipe, call("sd3", guided=True))) as denoiser:
+        x, levels = denoiser.initial(), torch.tensor([1, 3])
+        expected = Replay.record(denoiser).denoise(x, levels).x0
+    pipe.enable_model_cpu_offload(device="cpu")  # hooks as on a GPU
+    decoded: list[int] = []
+    pipe.vae.decoder.register_forward_pre_hook(lambda *_: decoded.append(1))
+    with closing(PipelineDenoiser(pipe, call("sd3", guided=True))) as denoiser:
+        assert torch.equal(Replay.record(denoiser).denoise(x, levels).x0, expected)
+    assert not decoded and hasattr(pipe.transformer, "_hf_hook")
+
+
+@torch.no_grad()
 def test_recordings_are_picked_from_and_joined() -> None:
     pipe = ZOO["sd15_inpaint"].build()
     with closing(PipelineDenoiser(pipe, call("sd15_inpaint", guided=True))) as denoiser:

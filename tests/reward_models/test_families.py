@@ -120,6 +120,20 @@ def test_saving_and_loading(name: str, adaptation: Any, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["sd15", "sd3"])
+def test_shared_modules_may_be_offloaded_and_copies_cast(name: str) -> None:
+    pipe, drm = build(name, adaptation="frozen")
+    copy = DiffusionRewardModel.from_pipeline(pipe, backbone="x/y", adaptation="full")
+    with closing(PipelineDenoiser(pipe, call(name))) as engine:
+        x = engine.initial()
+    before, of_copy = drm.score(x, 300.0, PROMPTS), copy.score(x, 300.0, PROMPTS)
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert torch.equal(drm.score(x, 300.0, PROMPTS), before) and torch.equal(copy.score(x, 300.0, PROMPTS), of_copy)
+    copy.trunk.bfloat16()
+    assert torch.allclose(copy.score(x, 300.0, PROMPTS), of_copy, atol=0.05)
+
+
+@torch.no_grad()
 def test_named_taps_of_a_unet() -> None:
     pipe = ZOO["sdxl"].build()
     drm = DiffusionRewardModel.from_pipeline(pipe, taps=("mid_block", "up_blocks.0"), backbone="x/y")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from rsm_guidance.samplers.run import run
 from rsm_guidance.core.ledger import Ledger
 from rsm_guidance.oracles.mixture import (
     GaussianMixture,
@@ -224,7 +225,7 @@ def run_exactness_benchmark(config: ExactnessBenchmark) -> dict[str, Any]:
             rows.append(known)
             continue
         task, mixture, reward = mixture_problem(case, schedules[schedule], prompts, exact, config.seed)
-        output = (EXACT | GREEDY)[name](k).sample(task)
+        output = run((EXACT | GREEDY)[name](k), task)
         rows.append(cell | errors(output, mixture, reward))
         write_json(config.out, settings | {"cells": rows + [d for d in done if d not in rows]})
     chains = [

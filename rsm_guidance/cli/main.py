@@ -1,56 +1,90 @@
-"""`rsm-guidance`: the command line.  Exit code 2 and one sentence on bad input, 130 on Ctrl-C."""
+"""`rsm-guidance`: the command line.  Exit code 2 and one sentence on bad input, 130 on Ctrl-C.
+
+Parsing loads neither torch nor diffusers: commands are dataclasses of plain types, and their `run` imports what it needs.
+"""
 
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, NoReturn, Union
 
-_PROGRAM = "rsm-guidance"
-_GROUPS = ("train", "benchmark")
+from rsm_guidance.io.names import load_object
 
+PROGRAM = "rsm-guidance"
+COMMANDS = {
+    "sample": "rsm_guidance.cli.sample:Sample",
+    "compare": "rsm_guidance.cli.compare:Compare",
+    "score": "rsm_guidance.cli.score:Score",
+    "evaluate": "rsm_guidance.cli.evaluate:Evaluate",
+    "families": "rsm_guidance.cli.families:Families",
+    "rewards": "rsm_guidance.cli.rewards:Rewards",
+    "train reward": "rsm_guidance.cli.train:TrainReward",
+    "train base": "rsm_guidance.cli.train:TrainBase",
+    "benchmark engine": "rsm_guidance.cli.benchmark:BenchmarkEngine",
+    "benchmark values": "rsm_guidance.cli.benchmark:BenchmarkValues",
+    "benchmark samplers": "rsm_guidance.cli.benchmark:BenchmarkSamplers",
+}
+_DESCRIPTION = f"""Reward guidance for diffusion and flow pipelines.
 
-def _parse(arguments: list[str]) -> Any:
-    import tyro
-
-    from rsm_guidance.cli.commands import Compare, Evaluate, Sample, Score
-    from rsm_guidance.cli.families import Families
-
-    if arguments and arguments[0] in _GROUPS:
-        from rsm_guidance.cli.training import BENCHMARK, TRAIN, with_config
-
-        group = arguments[0]
-        commands: dict[str, Any] = TRAIN if group == "train" else BENCHMARK
-        return tyro.extras.subcommand_cli_from_dict(
-            commands, prog=f"{_PROGRAM} {group}", args=[*arguments[1:2], *with_config(arguments[2:])]
-        )
-    commands = {"sample": Sample, "compare": Compare, "score": Score, "evaluate": Evaluate, "families": Families}
-    description = (
-        "Reward guidance for diffusion and flow pipelines. Besides the commands below: "
-        "`train reward` and `train base`; `benchmark samplers`, `judges`, `engine`, `values`, `exactness` and `branching`; "
-        "each with --help."
-    )
-    return tyro.extras.subcommand_cli_from_dict(commands, prog=_PROGRAM, description=description, args=arguments)
+Every command has --help with examples. Where an error is more than bad input, {PROGRAM} --debug COMMAND shows its traceback
+(so does RSM_GUIDANCE_DEBUG=1)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; exits with 0, 2 (bad input) or 130 (interrupted)."""
-    sys.path.insert(0, os.getcwd())  # so that --reward my_module:function finds a module in this folder
+    """Run one command; exits with 0, 2 (bad input) or 130 (interrupted).
+
+    What a user's reward raises comes through with its traceback, and with --debug every error.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words or os.environ.get("RSM_GUIDANCE_DEBUG", "") not in ("", "0")
     try:
-        from transformers.utils import logging as transformers_logging
-
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-        from diffusers.utils import logging as diffusers_logging
-
-        diffusers_logging.disable_progress_bar()
-        _parse(list(sys.argv[1:] if arguments is None else arguments)).run()
+        parse([word for word in words if word != "--debug"]).run()
     except (ValueError, OSError) as error:
-        print(f"{_PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        if debug or _crashed_in_reward(error):
+            raise
+        _fail(f"error: {error}", 2)
     except KeyboardInterrupt as interrupt:
-        kept = str(interrupt) or "before there was anything to keep"
-        print(f"{_PROGRAM}: interrupted {kept}", file=sys.stderr)
-        sys.exit(130)
+        _fail(f"interrupted {str(interrupt) or 'before there was anything to keep'}", 130)
+
+
+def parse(words: list[str]) -> Any:
+    """The command that the words ask for, with its options; exits after --help and for options that do not exist."""
+    import tyro
+
+    style = (tyro.conf.DisallowNone,)
+    for name, path in COMMANDS.items():
+        own = name.split()
+        if words[: len(own)] == own:
+            command: Any = load_object(path)
+            rest = words[len(own) :]
+            configured = command.configured(rest) if hasattr(command, "configured") else None
+            given = {} if configured is None else {"default": configured}
+            return tyro.cli(command, prog=f"{PROGRAM} {name}", args=rest, config=style, **given)
+    group = next((f"{words[0]} " for name in COMMANDS if words and name.startswith(f"{words[0]} ")), "")
+    listed = {name.removeprefix(group): load_object(path) for name, path in COMMANDS.items() if name.startswith(group)}
+    shown = [Annotated[c, tyro.conf.subcommand(n, description=_summary(c), prefix_name=False)] for n, c in listed.items()]
+    return tyro.cli(
+        Union[tuple(shown)],  # noqa: UP007 - made at run time
+        prog=f"{PROGRAM} {group}".strip(),
+        description=_DESCRIPTION,
+        args=words[1:] if group else words,
+        config=style,
+    )
+
+
+def _summary(command: type[Any]) -> str:
+    """The first paragraph of a command's docstring."""
+    return (command.__doc__ or "").partition("\n\n")[0]
+
+
+def _crashed_in_reward(error: Exception) -> bool:
+    rewards = sys.modules.get("rsm_guidance.rewards")  # nothing was scored where it has not been loaded
+    return rewards is not None and rewards.crashed_in_reward(error)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"{PROGRAM}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -1,93 +1,169 @@
-"""Options that several commands share."""
+"""Options that several commands share, and how they are loaded."""
 
-import dataclasses
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import tyro
 
-from rsm_guidance.core.ledger import Budget
-from rsm_guidance.core.transitions import Transition
-from rsm_guidance.samplers import SAMPLERS, Sampler, parse_sampler
-from rsm_guidance.shapes.model import model_path
-from rsm_guidance.values import Judge, load_judge
+from rsm_guidance.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from rsm_guidance.core.contracts import Reward
+    from rsm_guidance.core.ledger import Budget
+    from rsm_guidance.core.transitions import Transition
+    from rsm_guidance.evaluation.generate import Generation
+    from rsm_guidance.samplers import Sampler
+
+
+class Model(NamedTuple):
+    """A loaded pipeline, its reward, and the arguments of its call."""
+
+    pipe: DiffusionPipeline
+    reward: Reward
+    generation: Generation
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """What makes the images, and what judges them."""
+    """What makes the images, and what scores them."""
 
     model: Annotated[str, tyro.conf.arg(aliases=["--pipeline"])] = "shapes"
     """Hub id or folder of a diffusers pipeline; "shapes" is the embedded one."""
     reward: str = "shapes-drm"
-    """A name (shapes-drm, shapes-verifier, shapes-correct), the folder or hub id of a diffusion reward model, or package.module:object."""
+    """A name (see `rsm-guidance rewards`), folder or hub id of a reward model, package.module:object, or "A + 0.5 * B"."""
     steps: int | None = None
     """Denoising steps; default: the model's own."""
     guidance_scale: float | None = None
-    """Classifier-free guidance; default: the model's own."""
+    """Scale of classifier-free guidance; default: the model's own."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Precision of the pipeline."""
 
-    @property
-    def model_id(self) -> str:
-        """Where the pipeline lies."""
-        return model_path() if self.model == "shapes" else self.model
+    def load(self) -> Model:
+        """Load the pipeline, and the reward onto it: a diffusion reward model shares its modules.
 
-    def judge(self) -> Judge:
-        """The loaded reward."""
-        return load_judge(self.reward)
+        Raises:
+            UsageError: if either cannot be found or loaded.
+        """
+        from rsm_guidance.evaluation.generate import Generation
+        from rsm_guidance.pipelines.load import load_pipeline
+
+        quiet_libraries()
+        check_reward(self.reward)
+        generation = Generation.for_model(self.model, self.steps, self.guidance_scale)
+        pipe = load_pipeline(self.model, self.dtype)
+        return Model(pipe, load_reward(self.reward, pipe), generation)
+
+
+ModelGroup = Annotated[ModelOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="model and reward", help="")]
 
 
 @dataclass(frozen=True)
 class SamplerOptions:
-    """How candidates are made; an option that is left out keeps the sampler's default."""
+    """How candidates are made; what is left out keeps the sampler's default."""
 
     candidates: int | None = None
-    """Samples (best-of-n), children per level (stepwise) or continuations per block (svdd)."""
-    particles: int | None = None
-    """fk-steering and smc: particles per prompt."""
-    transition: Literal["scheduler", "ode", "ddim", "cps", "flow_sde", "glass"] | None = None
-    """How to step; ode is deterministic."""
+    """Candidates of samplers that count them so: samples (best-of-n), children of a step (stepwise), ..."""
+    transition: str | None = None
+    """How to step, as in "cps 0.9": ode, ddim, cps, flow_sde, glass, or the pipeline's own, scheduler."""
     noise: float | None = None
     """Noise level of the transition: eta in [0, 1] of ddim and cps, a of flow_sde."""
-    window: tuple[float, float] | None = None
-    """stepwise: noise levels LOW HIGH in [0, 1] where children compete."""
-    initial_candidates: int | None = None
-    """stepwise: initial noises that compete."""
-    trajectories: int | None = None
-    """stepwise: independent runs, of which the final judge picks one."""
-    temperature: float | None = None
-    """stepwise and svdd: 0 keeps the best, above 0 draws by softmax(score / temperature); fk-steering: of the target."""
-    block: int | None = None
-    """svdd: levels per block."""
-    potential: Literal["difference", "max", "sum"] | None = None
-    """fk-steering: how values become weights."""
-    strength: float | None = None
-    """reward-gradient: size of the push, in standard deviations of a step."""
-    accept: float | None = None
-    """best-of-n and tree-search: final reward with which a prompt is done."""
-    threshold: float | None = None
-    """rbf: value with which a child is accepted; fk-steering and smc: share of effective particles to resample at."""
-
     set: tuple[str, ...] = ()
-    """Any other option of the sampler, as FIELD=VALUE."""
+    """Any option of the sampler, as FIELD=VALUE."""
 
     def build(self, name: str) -> Sampler:
-        """The sampler of that name, which may carry options of its own (see `parse_sampler`).
+        """The sampler of a name, which may carry options of its own, as in "stepwise:trajectories=2".
 
         Raises:
-            ValueError: if it does not have an option that was given.
+            UsageError: if there is no such sampler, or it does not have an option that was given.
         """
-        options: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        kind, noise, further = options.pop("transition"), options.pop("noise"), options.pop("set")
-        given = {k: v for k, v in options.items() if v is not None}
-        if kind is not None or noise is not None:
-            default = getattr(SAMPLERS.get(name.partition(":")[0]), "transition", Transition())
-            kind = kind or default.kind
-            given["transition"] = Transition(kind, default.noise if noise is None else noise)
-        return parse_sampler(":".join([name, *further]), **given)
+        from rsm_guidance.samplers import parse_sampler
+
+        given: dict[str, Any] = {} if self.candidates is None else {"candidates": self.candidates}
+        if self.transition is not None or self.noise is not None:
+            given["transition"] = self._transition(name)
+        return parse_sampler(":".join([name, *self.set]), **given)
+
+    def _transition(self, name: str) -> Transition:
+        from rsm_guidance.core.transitions import ODE, Transition, parse_transition
+        from rsm_guidance.samplers import SAMPLERS
+
+        if self.transition is None:
+            transition = getattr(SAMPLERS.get(name.partition(":")[0]), "transition", ODE())
+        else:
+            transition = parse_transition(self.transition)
+        if self.noise is None:
+            return transition
+        if not fields(transition):
+            raise UsageError(f"the transition {transition.name!r} takes no noise level; leave --noise out")
+        return Transition(transition.name, self.noise)
+
+
+SamplerGroup = Annotated[SamplerOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="sampler", help="")]
+
+
+def check_reward(text: str) -> None:
+    """Refuse a reward that cannot be found whatever the pipeline is, before a pipeline is loaded."""
+    from rsm_guidance.rewards import REWARDS, resolve_reward
+
+    if ":" in text and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # so that my_module:function is found in this folder, behind all that is installed
+    composed = " + " in text or " * " in text
+    needs_pipe = text in REWARDS or Path(text).is_dir() or (text.count("/") == 1 and ":" not in text)
+    if not composed and not needs_pipe:
+        resolve_reward(text)
+
+
+def load_reward(text: str, pipe: DiffusionPipeline | None = None) -> Reward:
+    """A reward by its specification; a diffusion reward model shares the modules of the pipeline."""
+    from rsm_guidance.rewards import resolve_reward
+
+    check_reward(text)
+    return resolve_reward(text, pipe)
 
 
 def budget_of(evaluations: float | None, seconds: float | None = None) -> Budget | None:
     """A budget from command-line numbers, or None."""
+    from rsm_guidance.core.ledger import Budget
+
     return None if evaluations is None and seconds is None else Budget(evaluations=evaluations, seconds=seconds)
+
+
+def listed(text: str) -> list[str]:
+    """Entries between commas that stand in no brackets."""
+    return [n.strip() for n in re.split(r",(?![^\[({]*[\])}])", text) if n.strip()]
+
+
+def numbers(text: str, option: str) -> tuple[float, ...]:
+    """Numbers between commas.
+
+    Raises:
+        UsageError: if one is none.
+    """
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"{option} takes numbers, separated by commas; got {text!r}") from error
+
+
+def say(data: dict[str, Any]) -> None:
+    """Print one JSON object on a line of its own."""
+    print(json.dumps(data), flush=True)
+
+
+def quiet_libraries() -> None:
+    """Keep the warnings and loading bars of transformers and diffusers out of a command's output."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()

@@ -6,16 +6,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rsm_guidance.core.errors import StopRequested, UsageError
 from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.core.schedule import NoiseSchedule, Prediction
 
 
-class StopRequested(Exception):
-    """Something outside asked a run to end, such as a callback that interrupts the pipeline: the best so far is returned."""
-
-
-class UsageError(ValueError):
-    """Bad input that its sentence explains; the command line prints that alone."""
+__all__ = ["Denoiser", "Reward", "StopRequested", "UsageError", "Value", "ValueSource"]
 
 
 class Denoiser(Protocol):

@@ -1,9 +1,11 @@
 """Every sampler at every budget on the same prompts: `rsm-guidance compare`.
 
-Cost counts denoiser evaluations, classifier-free guidance twice, value models by their share of the depth and backward
-passes at twice what they differentiate.  A budget is a hard cap per image; within it each sampler is as large as a dry run
-says it may be.  All samplers share prompts and seeds, so that differences are paired.  Each steps by its own transition
-unless it is given another: beside `none` as it comes, compare `none` with the transition of the others.
+The cost is the number of denoiser evaluations (NFE): classifier-free guidance counts twice, a value model by its share of
+the depth, a backward pass at twice what it differentiates.  A budget is a hard cap per image; within it each sampler is as
+large as a dry run says it may be.  All samplers share prompts and seeds, so that differences are paired.  Each steps by its
+own transition unless it is given another: beside `none` as it comes, compare `none` with the transition of the others.
+
+The *guide* is the proxy reward that samplers maximise, the *monitors* are gold (held-out) rewards that none of them sees.
 
 Runs are cut into chunks of prompts, each written when it is done: an interrupted comparison goes on where it stopped, and
 under `accelerate launch` every process takes its share of the chunks.
@@ -11,7 +13,7 @@ under `accelerate launch` every process takes its share of the chunks.
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,16 +25,26 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
 
+from rsm_guidance.core.contracts import Reward
+from rsm_guidance.core.errors import UsageError
 from rsm_guidance.core.ledger import Budget
 from rsm_guidance.engine.families import denoisers_of
-from rsm_guidance.io.files import write_atomically, write_image, write_json
-from rsm_guidance.evaluation.fitting import fit_to_budget
-from rsm_guidance.evaluation.generate import Generation, Sample, copies_of, costs_of, fingerprint, generate, scores_of
-from rsm_guidance.evaluation.pictures import grid
+from rsm_guidance.evaluation.generate import (
+    Generation,
+    Sample,
+    copies_of,
+    costs_of,
+    fingerprint,
+    generate,
+    pixels_of,
+    scores_of,
+)
+from rsm_guidance.evaluation.report.pictures import grid
+from rsm_guidance.evaluation.report.tables import comparison_table
 from rsm_guidance.evaluation.statistics import mean_interval
-from rsm_guidance.rewards import name_of
+from rsm_guidance.io.files import write_atomically, write_image, write_json
 from rsm_guidance.samplers import Sampler, Unguided
-from rsm_guidance.values import DiffusionRewardModel, Judge
+from rsm_guidance.samplers.planning import Costs, fit_to_budget
 
 _SECOND = 1_000_003  # offset of the seed of second images
 
@@ -44,7 +56,7 @@ class Comparison:
     Attributes:
         prompts: one image is made for each.
         samplers: labels and samplers; `none` is one run, the others one per budget.
-        budgets: denoiser evaluations per image.
+        budgets: NFE per image.
         out: folder of the report.
         seed: names all random numbers.
         pairs: number of prompts that get a second image with another seed, whose distance from the first is the diversity.
@@ -81,8 +93,8 @@ def compare(
     config: Comparison,
     pipe: DiffusionPipeline,
     generation: Generation,
-    guide: Judge,
-    monitors: dict[str, Judge] | None = None,
+    guide: Reward,
+    monitors: Mapping[str, Reward] | None = None,
 ) -> dict[str, Any]:
     """Run what is missing, write report.json, report.md, curves.png and comparison.png, and return the report.
 
@@ -90,26 +102,18 @@ def compare(
         config: what to compare.
         pipe: a reward-guided pipeline.
         generation: arguments of its call.
-        guide: the reward that samplers maximise.
-        monitors: rewards that none of them sees, by name.
+        guide: the proxy reward, which samplers maximise.
+        monitors: gold rewards, which none of them sees, by name.
+
+    Raises:
+        UsageError: if no budget pays for any of the samplers.
     """
     costs = costs_of(pipe, generation, guide)
-    plan, skipped = [], {}
-    for label, sampler in config.samplers.items():
-        if isinstance(sampler, Unguided):
-            plan.append(_Run(label, None, sampler))
-            continue
-        for budget in config.budgets:
-            try:
-                plan.append(_Run(label, budget, fit_to_budget(sampler, budget, costs)))
-            except ValueError as error:
-                skipped[f"{label}@{budget:g}"] = str(error)
-    if skipped and not any(run.budget for run in plan):
-        raise ValueError(next(iter(skipped.values())))
+    plan, skipped = _plan(config, costs)
     settings = {
         "steps": costs.schedule.steps, "unguided_cost": costs.once, "seed": config.seed, "autocast": config.autocast,
         "guidance_scale": generation.guidance_scale, "denoiser": " ".join(map(fingerprint, denoisers_of(pipe).values())),
-        "guide": _named(guide), "monitors": {name: _named(judge) for name, judge in (monitors or {}).items()},
+        "guide": _named(guide), "monitors": {name: _named(reward) for name, reward in (monitors or {}).items()},
     }  # fmt: skip
     state = PartialState()
     chunks = [
@@ -125,12 +129,10 @@ def compare(
         report["runs"][run.key] = _summary(config, run, [p for p in parts if p is not None])
     _against_unguided(report)
     if state.is_main_process:
-        from rsm_guidance.evaluation.curves import (  # matplotlib takes its time, which other commands need not
-            curves,
-            table,
-        )
+        from rsm_guidance.evaluation.report.curves import curves  # loads matplotlib, which other processes need not
 
-        write_atomically(config.out / "report.md", lambda path: path.write_text(table(report) + "\n", encoding="utf-8"))
+        text = comparison_table(report) + "\n"
+        write_atomically(config.out / "report.md", lambda path: path.write_text(text, encoding="utf-8"))
         write_json(config.out / "report.json", report)
         write_atomically(config.out / "curves.png", lambda path: curves(report).savefig(path, dpi=130))
         write_image(config.out / "comparison.png", _picture(config, plan))
@@ -138,10 +140,38 @@ def compare(
     return report
 
 
-def _named(judge: Judge) -> str:
-    if isinstance(judge, DiffusionRewardModel):
-        return f"diffusion reward model {fingerprint(judge)}"
-    return name_of(judge)
+def _plan(config: Comparison, costs: Costs) -> tuple[list[_Run], dict[str, str]]:
+    """Every run, as large as its budget pays for, and why the others are left out.
+
+    Raises:
+        UsageError: if no budget pays for any of the guided samplers.
+    """
+    plan: list[_Run] = []
+    skipped: dict[str, str] = {}
+    for label, sampler in config.samplers.items():
+        if isinstance(sampler, Unguided):
+            plan.append(_Run(label, None, sampler))
+            continue
+        for budget in config.budgets:
+            try:
+                plan.append(_Run(label, budget, fit_to_budget(sampler, budget, costs)))
+            except ValueError as error:
+                skipped[f"{label}@{budget:g}"] = str(error)
+    if skipped and not any(run.budget for run in plan):
+        raise UsageError(next(iter(skipped.values())))
+    return plan, skipped
+
+
+def budgets_at(multiples: tuple[float, ...], costs: Costs) -> tuple[float, ...]:
+    """Budgets per image as multiples of the cost of an unguided one."""
+    if not multiples or not all(1 <= m < math.inf for m in multiples):
+        raise UsageError(f"budgets are multiples, at least 1, of the cost of an unguided image; got {multiples}")
+    return tuple(multiple * costs.once for multiple in multiples)
+
+
+def _named(reward: Reward) -> str:
+    """The name of a reward, and the fingerprint of its weights where it is a model."""
+    return f"{reward.name} {fingerprint(reward)}" if isinstance(reward, torch.nn.Module) else reward.name
 
 
 # --- chunks of work ---
@@ -193,8 +223,8 @@ def _work(
     second: bool,
     pipe: DiffusionPipeline,
     generation: Generation,
-    guide: Judge,
-    monitors: dict[str, Judge],
+    guide: Reward,
+    monitors: Mapping[str, Reward],
 ) -> None:
     if _read(config, settings, run, chunk, second) is not None:
         return
@@ -207,8 +237,7 @@ def _work(
         for batch in generate(pipe, prompts, run.sampler, guide, generation, seed, config.batch_size, cap, copies):
             samples += batch
     samples.sort(key=lambda s: s.index)
-    images = torch.from_numpy(np.stack([np.asarray(s.image.convert("RGB")) for s in samples]))
-    pixels = images.permute(0, 3, 1, 2) / 255
+    pixels = pixels_of([s.image for s in samples])
     path = _path(config, run, chunk, second)
     path.parent.mkdir(parents=True, exist_ok=True)
     for s in samples:
@@ -217,7 +246,7 @@ def _work(
     result = {
         "asked": _asked(config, settings, run, chunk),
         "reward": [s.reward for s in samples],
-        "monitors": {name: scores_of(judge, pixels, prompts) for name, judge in monitors.items()},
+        "monitors": {name: scores_of(reward, pixels, prompts) for name, reward in monitors.items()},
         "evaluations": [s.evaluations for s in samples],
         "seconds": [s.seconds for s in samples],
     }
@@ -274,7 +303,8 @@ def _distance(config: Comparison, run: _Run, index: int) -> float | None:
 def _against_unguided(report: dict[str, Any]) -> None:
     """Gains over the first unguided run, paired, and the over-optimisation gap.
 
-    The gap is the gain of the guide minus that of the first monitor, each in standard deviations of the unguided run.
+    The gap is the gain of the proxy reward minus that of the first gold reward, each in standard deviations of the unguided
+    run.
     """
     base = next((r for r in report["runs"].values() if r["budget"] is None), None)
     if base is None:

@@ -1,28 +1,42 @@
-"""Loading a pipeline and making images for many prompts under one sampler."""
+"""Making images for many prompts under one sampler."""
 
-import hashlib
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 
 from rsm_guidance.core.contracts import Reward
+from rsm_guidance.core.errors import UsageError
 from rsm_guidance.core.ledger import Budget
-from rsm_guidance.core.random import RandomStreams, derive_seed
+from rsm_guidance.core.random import Purpose, RandomStreams, derive_seed
 from rsm_guidance.engine import PipelineDenoiser
-from rsm_guidance.evaluation.fitting import Costs
-from rsm_guidance.pipelines import RewardGuidedPipeline
-from rsm_guidance.rewards import judged, name_of
-from rsm_guidance.samplers import Problem, Sampler
-from rsm_guidance.shapes.model import GUIDANCE_SCALE, STEPS, model_path
-from rsm_guidance.values import DiffusionRewardModel, Judge
+from rsm_guidance.io.fingerprint import fingerprint
+from rsm_guidance.io.names import packaged_model
+from rsm_guidance.pipelines.load import load_pipeline
+from rsm_guidance.rewards import scored
+from rsm_guidance.samplers import Sampler, Task
+from rsm_guidance.samplers.planning import Costs
+from rsm_guidance.values import resolve_value
+
+__all__ = [
+    "Generation",
+    "Sample",
+    "copies_of",
+    "costs_of",
+    "fingerprint",
+    "generate",
+    "load_pipeline",
+    "pixels_of",
+    "scores_of",
+    "task_of",
+]
 
 
 @dataclass(frozen=True)
@@ -46,26 +60,24 @@ class Generation:
 
     @staticmethod
     def for_model(model: str, steps: int | None = None, guidance_scale: float | None = None) -> "Generation":
-        """The embedded model's measured settings where the caller gives none; other models keep their defaults."""
+        """A packaged model's measured settings where the caller gives none; other models keep their defaults.
+
+        Args:
+            model: name or folder of a packaged model, or any other folder or hub id.
+            steps: denoising steps.
+            guidance_scale: of classifier-free guidance.
+
+        Raises:
+            UsageError: for fewer than one step.
+        """
         if steps is not None and steps < 1:
-            raise ValueError(f"--steps must be at least 1; got {steps}")
-        if model == model_path():
-            return Generation(steps or STEPS, GUIDANCE_SCALE if guidance_scale is None else guidance_scale)
-        return Generation(steps, guidance_scale)
-
-
-def load_pipeline(model: str, dtype: str = "float32") -> DiffusionPipeline:
-    """The reward-guided pipeline of a hub id or folder, on the accelerator if there is one.
-
-    Raises:
-        ValueError: if there is no such model, or its pipeline cannot be guided.
-    """
-    try:
-        pipe = RewardGuidedPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
-    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"cannot load a pipeline from {model!r}: {str(error).strip().splitlines()[0]}") from error
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+            raise UsageError(f"--steps must be at least 1; got {steps}")
+        packaged = packaged_model(model)
+        measured = {} if packaged is None else packaged.call
+        return Generation(
+            measured.get("num_inference_steps") if steps is None else steps,
+            measured.get("guidance_scale") if guidance_scale is None else guidance_scale,
+        )
 
 
 @dataclass(frozen=True)
@@ -85,7 +97,7 @@ def generate(
     pipe: DiffusionPipeline,
     prompts: list[str],
     sampler: Sampler,
-    judge: Judge | None,
+    reward: Reward | None,
     generation: Generation,
     seed: int = 0,
     batch_size: int = 16,
@@ -108,7 +120,7 @@ def generate(
             chosen = indices[start : start + batch_size]
             batch = [prompts[i] for i in chosen]
             began = time.perf_counter()
-            out = pipe(prompt=batch, sampler=sampler, reward=judge, seed=named, budget=budget, **generation.call())
+            out = pipe(prompt=batch, sampler=sampler, reward=reward, seed=named, budget=budget, **generation.call())
             if out.ledger.stopped == "interrupted":
                 raise KeyboardInterrupt
             seconds = (time.perf_counter() - began) / len(batch)
@@ -121,23 +133,29 @@ def generate(
 
 
 @contextmanager
-def watched(
+def task_of(
     pipe: DiffusionPipeline,
     prompts: list[str],
     generation: Generation,
-    reward: Reward,
+    reward: Reward | None,
     seed: int = 0,
     autocast: bool = False,
-) -> Iterator[tuple[Problem, PipelineDenoiser]]:
-    """The problem that a call for these prompts poses, and its denoiser, to follow runs from within; without gradients."""
+) -> Iterator[Task]:
+    """The task of a guided call for these prompts, to follow its runs from within; without gradients.
+
+    A reward that has a value of noisy latents scores these alone, as in the call; any other scores decoded estimates.
+    """
     streams = RandomStreams.for_prompts(seed, prompts)
-    generators = [streams.generator(row, "initial", 0) for row in range(len(prompts))]
+    generators = [streams.generator(row, Purpose.INITIAL, 0) for row in range(len(prompts))]
+    call = {"prompt": prompts, **generation.call(), "generator": generators}
+    own = None if reward is None or hasattr(reward, "value") else reward
+    value = None if reward is None else resolve_value(reward, pipe)
     with (
         torch.no_grad(),
         torch.autocast(pipe.device.type, torch.bfloat16, enabled=autocast),
-        closing(PipelineDenoiser(pipe, {"prompt": prompts, **generation.call(), "generator": generators})) as denoiser,
+        closing(PipelineDenoiser(pipe, call)) as denoiser,
     ):
-        yield Problem(denoiser, streams, denoiser.ledger, reward), denoiser
+        yield Task(denoiser, streams, reward=own, value=value)
 
 
 def copies_of(prompts: list[str]) -> list[int]:
@@ -150,30 +168,20 @@ def copies_of(prompts: list[str]) -> list[int]:
     return result
 
 
-def value_share(judge: Judge | None) -> float:
-    """Cost of judging one latent, in denoiser evaluations."""
-    return judge.depth_share if isinstance(judge, DiffusionRewardModel) else 0.0
+def costs_of(pipe: DiffusionPipeline, generation: Generation, reward: Reward | None) -> Costs:
+    """What a call consists of, for `samplers.planning`: its levels, and the NFE of denoising and scoring, without running it."""
+    with task_of(pipe, ["-"], generation, reward) as task:
+        return Costs.of(task)
 
 
-def costs_of(pipe: DiffusionPipeline, generation: Generation, judge: Judge | None) -> Costs:
-    """What a call consists of, for `fitting`: its levels and what denoising and judging cost, without running it."""
-    with torch.no_grad(), closing(PipelineDenoiser(pipe, {"prompt": "-", **generation.call()})) as denoiser:
-        share = value_share(judge) if isinstance(judge, DiffusionRewardModel) else None
-        return Costs(denoiser.schedule, denoiser.evaluations_per_row, share, share or 0.0)
+def pixels_of(images: list[Image.Image]) -> Tensor:
+    """Images of one size as [B, 3, H, W] in [0, 1]."""
+    arrays = np.stack([np.asarray(image.convert("RGB")) for image in images])
+    return torch.from_numpy(arrays).permute(0, 3, 1, 2) / 255
 
 
-def scores_of(judge: Judge, images: Tensor, prompts: list[str]) -> list[float]:
+def scores_of(reward: Reward, images: Tensor, prompts: list[str]) -> list[float]:
     """Checked scores of finished images [B, 3, H, W] in [0, 1]."""
-    score = judge.score_images if isinstance(judge, DiffusionRewardModel) else judge
     with torch.no_grad():
-        scores: list[float] = judged(lambda: score(images, prompts), len(images), name_of(judge)).tolist()
+        scores: list[float] = scored(lambda: reward(images, prompts), len(images), reward.name).tolist()
     return scores
-
-
-def fingerprint(module: torch.nn.Module) -> str:
-    """A short hash of a module's weights, by which results name what they were made with."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]

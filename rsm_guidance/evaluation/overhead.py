@@ -1,6 +1,7 @@
 """What the engine costs beside the stock call: `rsm-guidance benchmark engine`.
 
-With `candidates`, also what step-wise sampling costs: K children of every state, scored by a frozen DRM that reads the middle block.
+With `candidates`, also what step-wise sampling costs: K children of every state, scored by a frozen diffusion reward model
+(DRM) that reads the middle block.
 """
 
 import statistics
@@ -13,33 +14,34 @@ import torch
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
+from rsm_guidance.core.errors import UsageError
 from rsm_guidance.core.ledger import peak_memory
-from rsm_guidance.core.transitions import Transition
+from rsm_guidance.core.transitions import ODE
 from rsm_guidance.io.files import write_json
-from rsm_guidance.evaluation.generate import load_pipeline
-from rsm_guidance.samplers import Sampler, StepwiseSampling, Unguided
-from rsm_guidance.shapes.model import model_path
-from rsm_guidance.values import DiffusionRewardModel
+from rsm_guidance.io.names import model_name
+from rsm_guidance.pipelines.load import load_pipeline
+from rsm_guidance.reward_models import DiffusionRewardModel
 from rsm_guidance.reward_models.backbones import backbone_of, denoiser_of
 from rsm_guidance.reward_models.trunk import block_names
+from rsm_guidance.samplers import Sampler, StepwiseSampling, Unguided
 
 _FEW = 2
 
 PATHS: dict[str, Sampler | None] = {
     "stock": None,
     "none, scheduler's steps": Unguided(),
-    "none, our ode": Unguided(Transition("ode")),
-    "stepwise, K=1": StepwiseSampling(candidates=1, transition=Transition("ode")),
+    "none, our ode": Unguided(ODE()),
+    "stepwise, K=1": StepwiseSampling(candidates=1, transition=ODE()),
 }
 
 
 @dataclass(frozen=True)
-class EngineBenchmark:
+class Overhead:
     """Seconds per denoising step beyond the first, of guided calls with nothing to choose against the stock call.
 
     Attributes:
         out: JSON file for the result.
-        models: folders or hub ids of pipelines.
+        models: folders, hub ids or packaged names of pipelines.
         steps: denoising steps of the long call; what a call of 2 steps takes is subtracted.
         repeats: measurements, of which the median counts; the paths take turns.
         dtype: of the weights.
@@ -50,7 +52,7 @@ class EngineBenchmark:
     """
 
     out: Path = Path("engine.json")
-    models: tuple[str, ...] = (model_path(),)
+    models: tuple[str, ...] = ("shapes",)
     steps: int = 22
     repeats: int = 15
     dtype: str = "float32"
@@ -74,21 +76,21 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def run_engine_benchmark(config: EngineBenchmark) -> dict[str, Any]:
+def measure_overhead(config: Overhead) -> dict[str, Any]:
     """Measure, write and return seconds per step and their ratio to stock, by model and path.
 
     Raises:
-        ValueError: if there is nothing to measure.
+        UsageError: if there is nothing to measure.
     """
     if config.steps <= _FEW or config.repeats < 1 or not config.models:
-        raise ValueError(
+        raise UsageError(
             f"the engine benchmark needs a model, more than {_FEW} steps and a repeat; got {len(config.models)} models, "
             f"{config.steps} steps, {config.repeats} repeats"
         )
     if config.candidates == 1 or config.candidates < 0:
-        raise ValueError(f"candidates must be at least 2, or 0 to leave them out; got {config.candidates}")
+        raise UsageError(f"candidates must be at least 2, or 0 to leave them out; got {config.candidates}")
     if config.offload != "none" and not torch.cuda.is_available():
-        raise ValueError(f"offload={config.offload!r} moves models to an accelerator, and there is none here")
+        raise UsageError(f"offload={config.offload!r} moves models to an accelerator, and there is none here")
     result: dict[str, Any] = {"steps": config.steps, "repeats": config.repeats, "dtype": config.dtype, "models": []}
     result |= {"size": config.size, "offload": config.offload}
     for model in config.models:
@@ -109,12 +111,12 @@ def run_engine_benchmark(config: EngineBenchmark) -> dict[str, Any]:
             name: {"seconds_per_step": t, "ratio": t / medians["stock"], "peak_memory_bytes": memory[name]}
             for name, t in medians.items()
         }
-        result["models"].append({"model": Path(model).name, "pipeline": type(pipe).__name__, "paths": figures})
+        result["models"].append({"model": Path(model_name(model)).name, "pipeline": type(pipe).__name__, "paths": figures})
     write_json(config.out, result)
     return result
 
 
-def _paths(pipe: DiffusionPipeline, config: EngineBenchmark) -> dict[str, dict[str, Any]]:
+def _paths(pipe: DiffusionPipeline, config: Overhead) -> dict[str, dict[str, Any]]:
     """Arguments of the calls that are compared."""
     paths: dict[str, dict[str, Any]] = {name: {"sampler": sampler} for name, sampler in PATHS.items()}
     if config.candidates:
@@ -132,13 +134,3 @@ def _memory(pipe: DiffusionPipeline, guidance: dict[str, Any], size: int | None)
         torch.cuda.reset_peak_memory_stats()
     _seconds(pipe, guidance, _FEW, size)
     return peak_memory()
-
-
-def engine_table(result: dict[str, Any]) -> str:
-    """The result as a Markdown table."""
-    lines = ["| pipeline | path | ms per step | of stock | peak GB |", "|---|---|---|---|---|"]
-    for model in result["models"]:
-        for name, path in model["paths"].items():
-            time_of, memory = 1000 * path["seconds_per_step"], path["peak_memory_bytes"] / 1e9
-            lines.append(f"| {model['pipeline']} | {name} | {time_of:.2f} | {path['ratio']:.3f} | {memory:.2f} |")
-    return "\n".join(lines)

@@ -1,10 +1,11 @@
 """Short names of packaged models, as strings that are resolved when they are used, and objects by "package.module:name"."""
 
 import pkgutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from rsm_guidance.core.contracts import UsageError
+from rsm_guidance.core.errors import UsageError
 
 MODELS: dict[str, str] = {"shapes": "rsm_guidance.shapes.packaged:MODEL"}
 
@@ -16,10 +17,12 @@ class PackagedModel:
     Attributes:
         path: its folder.
         call: arguments of the pipeline call with which it was measured.
+        prompts: gives a number of prompts to measure it with, or None.
     """
 
     path: str
     call: dict[str, Any] = field(default_factory=dict)
+    prompts: Callable[[int], list[str]] | None = None
 
 
 def packaged_model(name: str) -> PackagedModel | None:
@@ -38,6 +41,18 @@ def model_location(name: str) -> str:
 def model_name(location: str) -> str:
     """The short name of a packaged model's folder; other locations stay what they are."""
     return next((name for name in MODELS if model_location(name) == location), location)
+
+
+def model_prompts(model: str, count: int) -> list[str]:
+    """Prompts that a packaged model carries to be measured with.
+
+    Raises:
+        UsageError: for other models, which carry none.
+    """
+    packaged = packaged_model(model)
+    if packaged is None or packaged.prompts is None:
+        raise UsageError(f"the model {model!r} carries no prompts of its own; give a file of them with --prompts")
+    return packaged.prompts(count)
 
 
 def load_object(path: str) -> Any:

@@ -1,44 +1,51 @@
 """Reward-guided diffusers pipeline classes, and where the shims for `custom_pipeline=` lie.
 
-`RewardGuided<Name>` exists here for every pipeline class `<Name>` that diffusers exports.
+`RewardGuided<Name>` exists here for every pipeline class `<Name>` that diffusers exports.  diffusers is loaded when the first
+class is used.
 """
 
+import importlib
 from pathlib import Path
 from typing import Any
 
-import diffusers
-from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from rsm_guidance.core.errors import UsageError
 
-from rsm_guidance.pipelines.auto import RewardGuidedPipeline
-from rsm_guidance.pipelines.guided import GuidedPipelineOutput, reward_guided
-
-RewardGuidedStableDiffusion3Pipeline = reward_guided(StableDiffusion3Pipeline)
-
+_MODULES = {"RewardGuidedPipeline": "auto", "GuidedPipelineOutput": "guided", "reward_guided": "guided"}
 _PREFIX = "RewardGuided"
 _SHIMS = (Path(__file__).parent / "shims", Path(__file__).parents[2] / "pipelines")  # in a wheel; in a checkout
 
 
 def __getattr__(name: str) -> Any:
-    base = getattr(diffusers, name.removeprefix(_PREFIX), None) if name.startswith(_PREFIX) else None
-    if not (isinstance(base, type) and issubclass(base, DiffusionPipeline)):
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    base = _exported(name.removeprefix(_PREFIX)) if name.startswith(_PREFIX) else None
+    if base is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return reward_guided(base)
+    return importlib.import_module(f"{__name__}.guided").reward_guided(base)
+
+
+def _exported(name: str) -> Any:
+    """The pipeline class that diffusers exports under a name, or None."""
+    import diffusers
+
+    found = getattr(diffusers, name, None)
+    return found if isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline) else None
 
 
 def custom_pipeline(family: str) -> str:
     """Path of a family's shim, for `DiffusionPipeline.from_pretrained(..., custom_pipeline=..., trust_remote_code=True)`.
 
     Raises:
-        ValueError: for a family without a shim, naming those there are.
+        UsageError: for a family without a shim, naming those there are.
     """
     for folder in _SHIMS:
         if (folder / family / "pipeline.py").is_file():
             return str(folder / family)
     known = sorted({p.parent.name for folder in _SHIMS for p in folder.glob("*/pipeline.py")})
-    raise ValueError(f"there is no custom pipeline {family!r}; choose one of {', '.join(known)}")
+    raise UsageError(f"there is no custom pipeline {family!r}; choose one of {', '.join(known)}")
 
 
-__all__ = [
+__all__ = [  # noqa: F822 - most are loaded by `__getattr__`
     "GuidedPipelineOutput",
     "RewardGuidedPipeline",
     "RewardGuidedStableDiffusion3Pipeline",

@@ -8,6 +8,7 @@ import diffusers
 from diffusers import DiffusionPipeline
 from huggingface_hub.constants import HF_HUB_OFFLINE
 
+from rsm_guidance.core.errors import UsageError
 from rsm_guidance.engine.families import require_drivable, why_not
 from rsm_guidance.pipelines.guided import reward_guided
 
@@ -38,15 +39,15 @@ class RewardGuidedPipeline:
             kwargs: those of the stock class's `from_pretrained`, except `custom_pipeline`.
 
         Raises:
-            ValueError: before any weights are read, if there is no such pipeline, or none that can be guided.
+            UsageError: before any weights are read, if there is no such pipeline, or none that can be guided.
         """
         if kwargs.get("custom_pipeline") is not None:
-            raise ValueError(f"{cls.__name__} picks the class by itself; leave custom_pipeline out")
+            raise UsageError(f"{cls.__name__} picks the class by itself; leave custom_pipeline out")
         base: Any
         base, config = stock_class(model, **{name: kwargs[name] for name in _WHERE if name in kwargs})
         reason = why_not(base)
         if reason is not None:
-            raise ValueError(f"{os.fspath(model)} is a {base.__name__}, which cannot be guided: {reason}")
+            raise UsageError(f"{os.fspath(model)} is a {base.__name__}, which cannot be guided: {reason}")
         absent = {name: None for name, entry in config.items() if entry in ([None, None], (None, None))}
         pipe: DiffusionPipeline = reward_guided(base).from_pretrained(model, **absent | kwargs)
         return pipe
@@ -56,7 +57,7 @@ class RewardGuidedPipeline:
         """Share the modules of a pipeline, stock or already guided, in their own dtype.
 
         Raises:
-            ValueError: if it cannot be guided.
+            UsageError: if it cannot be guided.
         """
         require_drivable(pipeline)
         stock: Any = type(pipeline)
@@ -73,11 +74,11 @@ def stock_class(model: str | os.PathLike[str], **where: Any) -> tuple[type[Diffu
         where: arguments of `DiffusionPipeline.load_config` (revision, token, ...).
 
     Raises:
-        ValueError: if it is no pipeline, or one that diffusers does not export.
+        UsageError: if it is no pipeline, or one that diffusers does not export.
     """
     model = os.fspath(model)
     if not Path(model).is_dir() and not (model.count("/") == 1 and model[0] not in "./~"):
-        raise ValueError(
+        raise UsageError(
             f"cannot load a pipeline from {model!r}: there is no such folder, and it is no hub id (org/name)"
         )
     try:
@@ -85,17 +86,17 @@ def stock_class(model: str | os.PathLike[str], **where: Any) -> tuple[type[Diffu
         entry = config["_class_name"]
     except (OSError, KeyError) as error:
         if not Path(model).is_dir() and HF_HUB_OFFLINE:
-            raise ValueError(
+            raise UsageError(
                 f"cannot load a pipeline from {model!r}: it is no folder here and not in the cache, and HF_HUB_OFFLINE forbids "
                 "to ask the hub"
             ) from error
-        raise ValueError(
+        raise UsageError(
             f"cannot load a pipeline from {model!r}, which is none of diffusers: {str(error).strip().splitlines()[0]}"
         ) from error
     name = entry if isinstance(entry, str) else entry[-1]  # a class in a file of the repository is [file, class]
     base = getattr(diffusers, name, None)
     if not (isinstance(base, type) and issubclass(base, DiffusionPipeline)):
-        raise ValueError(
+        raise UsageError(
             f"{model} is a {name}, which diffusers {diffusers.__version__} does not export; load it in Python and pass it "
             "to RewardGuidedPipeline.from_pipe"
         )

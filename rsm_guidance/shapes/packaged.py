@@ -3,11 +3,19 @@
 from pathlib import Path
 
 from rsm_guidance.io.names import PackagedModel
+from rsm_guidance.shapes.scenes import caption_set
 
 STEPS = 20
 GUIDANCE_SCALE = 3.0
 _WEIGHTS = Path(__file__).parent / "weights"
-MODEL = PackagedModel(str(_WEIGHTS / "model"), {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE_SCALE})
+
+
+def prompts(count: int) -> list[str]:
+    """Held-out captions."""
+    return [caption.text for caption in caption_set(count, 0)]
+
+
+MODEL = PackagedModel(str(_WEIGHTS / "model"), {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE_SCALE}, prompts)
 DRM = _WEIGHTS / "drm"
 
 

@@ -14,7 +14,7 @@ import random
 import re
 from dataclasses import dataclass
 
-from rsm_guidance.core.contracts import UsageError
+from rsm_guidance.core.errors import UsageError
 
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (222, 45, 45),

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import scipy  # loads its parts when they are used
 from PIL import Image, ImageDraw
-from scipy import ndimage
-from scipy.optimize import linear_sum_assignment
 
 from rsm_guidance.shapes.render import BACKGROUND, outline
 from rsm_guidance.shapes.scenes import COLORS, SHAPES, SceneSpec, parse_caption
@@ -56,7 +55,7 @@ def _templates() -> list[tuple[str, np.ndarray]]:
         big = Image.new("L", (256, 256), 0)
         ImageDraw.Draw(big).polygon(outline(shape, 128, 128, 80), fill=255)
         for wear in (0.0, 0.07, 0.12):
-            worn = ndimage.gaussian_filter(np.asarray(big, np.float32), wear * 160)
+            worn = scipy.ndimage.gaussian_filter(np.asarray(big, np.float32), wear * 160)
             masks.append((shape, _normalise(worn > 127)))
     return masks
 
@@ -89,18 +88,18 @@ def see(image: np.ndarray) -> list[Seen]:
     solid = np.take_along_axis(along, nearest[..., None], -1)[..., 0] > 0.45
     found = []
     for index, color in enumerate(COLORS):
-        labels, _ = ndimage.label(solid & (nearest == index), structure=np.ones((3, 3)))
-        for k, box in enumerate(ndimage.find_objects(labels), start=1):
+        labels, _ = scipy.ndimage.label(solid & (nearest == index), structure=np.ones((3, 3)))
+        for k, box in enumerate(scipy.ndimage.find_objects(labels), start=1):
             mask = labels[box] == k
             area = int(mask.sum())
             if area < _MIN_AREA or min(mask.shape) < 5:
                 continue  # anti-aliased rims between two colours
-            coverage = np.where(ndimage.binary_fill_holes(mask), np.clip(along[box][..., index], 0, 1), 0)
+            coverage = np.where(scipy.ndimage.binary_fill_holes(mask), np.clip(along[box][..., index], 0, 1), 0)
             normal = _normalise(_enlarge(coverage / coverage.max()))  # pale objects have outlines too
             iou, shape = max(((normal & t).sum() / (normal | t).sum(), name) for name, t in _templates())
             aspect = mask.shape[0] / mask.shape[1]
             named = iou >= _MIN_IOU and 0.6 < aspect < 1.67
-            cy, cx = ndimage.center_of_mass(mask)
+            cy, cx = scipy.ndimage.center_of_mass(mask)
             found.append(
                 Seen(
                     color,
@@ -136,7 +135,7 @@ def judge(objects: Sequence[Seen], spec: SceneSpec) -> Verdict:
     credit = np.array(
         [[0.5 * (c is None or c == o.color) + 0.5 * (s == o.shape) for o in objects] for c, s in wanted], np.float64
     )
-    rows, columns = linear_sum_assignment(credit, maximize=True)
+    rows, columns = scipy.optimize.linear_sum_assignment(credit, maximize=True)
     score = float(credit[rows, columns].sum() / max(len(wanted), len(objects)))
     correct = score == 1.0
     if spec.relation:

@@ -16,7 +16,7 @@ from rsm_guidance import pipelines
 from rsm_guidance.cli.families import probe
 from rsm_guidance.cli.main import main
 from rsm_guidance.engine.families import why_not
-from rsm_guidance.pipelines.families import BEGIN, END, FAMILIES, card, shim, table
+from rsm_guidance.pipelines.catalog import BEGIN, END, FAMILIES, card, shim, table
 from tests.zoo import ZOO
 
 ROOT = Path(__file__).parents[2]

@@ -1,14 +1,17 @@
 """The documented pipeline families: class, an example checkpoint, and the model card of each shim.
 
-`python -m rsm_guidance.pipelines.families` in a checkout writes the shims and cards under pipelines/ and the table in
+`python -m rsm_guidance.pipelines.catalog` in a checkout writes the shims and cards under pipelines/ and the table in
 README.md; a test compares them with what lies there.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import diffusers
-from diffusers import DiffusionPipeline
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Family:
     @property
     def cls(self) -> type[DiffusionPipeline]:
         """The stock class."""
+        import diffusers  # takes its time, which the list of families need not
+
         found: type[DiffusionPipeline] = getattr(diffusers, self.pipeline)
         return found
 

@@ -1,0 +1,140 @@
+"""Configurations of the trainings of the shapes world: plain types, so that the command line reads them without torch."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from rsm_guidance.core.errors import UsageError
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """How branch groups are made.
+
+    Attributes:
+        siblings: K children per prompt.
+        steps: denoising steps of the trajectories.
+        guidance_scale: classifier-free guidance.
+        transition: stochastic transition, the one that will be used in sampling, as text.
+        batch_size: prompts per batch; all prompts of a batch branch at one level.
+        autocast: run the generator in bfloat16 autocast, which is faster on a CPU.
+    """
+
+    siblings: int = 4
+    steps: int = 12
+    guidance_scale: float = 3.0
+    transition: str = "cps 0.9"
+    batch_size: int = 48
+    autocast: bool = True
+
+
+@dataclass(frozen=True)
+class RewardTrainConfig:
+    """Training of a diffusion reward model on the shapes world.
+
+    Attributes:
+        out: folder for data, training state, the model and its report.
+        pipeline: folder of the generator, "shapes" for the embedded one; it is the backbone too. Another model of the
+            shapes world: the verifier orders its samples.
+        prompts: training captions, all of the training split.
+        validation_prompts: held-out captions that decide when to stop.
+        groups: how samples are generated.
+        data: folder of generated groups; default `out`/data.
+        blocks: blocks of the denoiser kept.
+        adaptation: "frozen", "lora" or "full".
+        lora_rank: rank of the LoRA.
+        head_width: width of the reward head.
+        steps: optimiser updates.
+        batch_groups: groups per update.
+        lr: peak learning rate of the head and of a LoRA; a tuned trunk learns at a third of it.
+        weight_decay: AdamW weight decay.
+        sibling_weight: weight of the sibling pairs' loss against that of the re-noised pairs.
+        object_weight: weight of the auxiliary per-token prediction of what the finished image holds; none with a frozen
+            backbone, which it could not teach.
+        evaluate_every: updates between validations; the best checkpoint by mean accuracy is kept.
+        seed: of data and training.
+    """
+
+    out: Path = Path("drm")
+    pipeline: str = "shapes"
+    prompts: int = 7200
+    validation_prompts: int = 480
+    groups: GroupConfig = field(default_factory=GroupConfig)
+    data: Path | None = None
+    blocks: int = 4
+    adaptation: Literal["frozen", "lora", "full"] = "full"
+    lora_rank: int = 16
+    head_width: int = 64
+    steps: int = 2200
+    batch_groups: int = 12
+    lr: float = 1.5e-3
+    weight_decay: float = 0.05
+    sibling_weight: float = 1.0
+    object_weight: float = 1.0
+    evaluate_every: int = 250
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "validation_prompts", "steps", "batch_groups", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.groups.siblings < 2:
+            raise UsageError(f"a preference needs at least 2 siblings; got {self.groups.siblings}")
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Training of the autoencoder.
+
+    Attributes:
+        steps: updates.
+        batch_size: images per update.
+        lr: peak learning rate, reached after a warm-up; from there a half cosine leads to 0.
+        kl_weight: weight of the KL divergence of the latents from a unit Gaussian.
+        seed: of data and training.
+        save_every: updates between saved states.
+    """
+
+    steps: int = 1000
+    batch_size: int = 24
+    lr: float = 2e-3
+    kl_weight: float = 1e-5
+    seed: int = 0
+    save_every: int = 200
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """Training of the base model.
+
+    The learning rate warms up to `lr` and falls along a half cosine to 0 at the first step of `restarts`; from there,
+    and from each later one, another such cycle follows.
+
+    Attributes:
+        steps: updates.
+        restarts: steps at which a cycle of the learning rate begins.
+        restart_lr: peak of these cycles, as a share of `lr`.
+        batch_size: scenes per update.
+        scenes: number of scenes, rendered once.
+        lr: peak learning rate.
+        aux_weight: weight of the per-token object prediction.
+        drop_caption: share of empty captions (classifier-free guidance).
+        zero_tokens: share of steps, with a quarter of the batch, trained with the 256 zero tokens that stock SD3 puts for a
+            missing third text encoder.
+        ema_decay: of the averaged weights.
+        seed: of data and training.
+        save_every: updates between saved states.
+    """
+
+    steps: int = 10_800
+    restarts: tuple[int, ...] = (4000, 6600)
+    restart_lr: float = 0.7
+    batch_size: int = 64
+    scenes: int = 48_000
+    lr: float = 2e-3
+    aux_weight: float = 0.3
+    drop_caption: float = 0.1
+    zero_tokens: float = 0.06
+    ema_decay: float = 0.998
+    seed: int = 0
+    save_every: int = 500

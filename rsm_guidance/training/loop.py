@@ -82,14 +82,7 @@ def fit(
     ema = None if config.ema_decay is None else EMAModel(trained, config.ema_decay, foreach=True)
     state = TrainState(accelerator, objective, ema)
     load_state(folder, state)
-    bar = tqdm(
-        islice(batches.start(state.step), config.steps - state.step),
-        config.name,
-        config.steps,
-        initial=state.step,
-        mininterval=2,
-        disable=not accelerator.is_main_process,
-    )
+    bar = _progress(state, batches, config)
     objective.train()
     with held_interrupt() as interrupted:
         for batch in bar:
@@ -113,6 +106,18 @@ def fit(
     if ema is not None:
         ema.copy_to(trained)
     return state.history
+
+
+def _progress(state: TrainState, batches: Batches, config: LoopConfig) -> tqdm:
+    """A progress bar over the batches that are left."""
+    return tqdm(
+        islice(batches.start(state.step), config.steps - state.step),
+        config.name,
+        config.steps,
+        initial=state.step,
+        mininterval=2,
+        disable=not state.accelerator.is_main_process,
+    )
 
 
 def update(

@@ -14,8 +14,8 @@ from rsm_guidance.shapes import CATEGORIES, caption_set, parse_caption, random_c
 from rsm_guidance.shapes.model import _merges, build_tokenizer
 from rsm_guidance.shapes.render import Placed, render
 from rsm_guidance.shapes.scenes import COLORS, SHAPES, Group, SceneSpec, is_held_out, vocabulary, wordings
-from rsm_guidance.shapes.verify import see
 from rsm_guidance.shapes.training.hard_negatives import hard_negative
+from rsm_guidance.shapes.verify import see
 
 
 @given(st.sampled_from(CATEGORIES), st.integers(0, 10**6), st.booleans())

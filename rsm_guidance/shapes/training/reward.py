@@ -148,6 +148,9 @@ def build_objective(pipe: DiffusionPipeline, data: RewardData, config: RewardTra
         head_width=config.head_width,
         backbone=config.pipeline,
     )
+    drm.encode(
+        data.train.prompts
+    )  # all at once: batches of other prompts round otherwise, and a resumed run has others
     object_weight = 0.0 if config.adaptation == "frozen" else config.object_weight
     objective = Preferences(drm, data.train, data.renders, config.sibling_weight, object_weight)
     freeze_unreached(objective, objective(torch.arange(1), generator_of("probe"))["loss"])

@@ -143,10 +143,15 @@ class Sampler(ABC):
     def solve(self, task: Task) -> Solution:
         """Solve a task step by step."""
 
+    @property
+    def stepping(self) -> Transition:
+        """The transition that is really used."""
+        return self.transition
+
     def described(self) -> dict[str, Any]:
         """Name and settings, JSON-serialisable."""
         own = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
-        return {"name": self.name, **own}
+        return {"name": self.name, **own, "transition": str(self.stepping)}
 
 
 def _plain(value: Any) -> Any:

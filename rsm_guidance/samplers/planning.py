@@ -182,7 +182,7 @@ def planned(sampler: Sampler, task: Task) -> tuple[Sampler, int | None]:
             return found, None
         smallest = replace(smallest, **{str(name): getattr(smallest, str(name)) + 1})  # type: ignore[type-var]
     if not isinstance(sampler, Kernel) or not fits(smallest, 0):
-        return Unguided(sampler.transition), None
+        return Unguided(sampler.stepping), None
     levels = 0
     while levels < costs.schedule.steps and fits(smallest, levels + 1):
         levels += 1

@@ -112,7 +112,7 @@ def _opened(sampler: Sampler, task: Task) -> dict[str, Any]:
         "prompts": list(task.denoiser.prompts),
         "seed": task.streams.seed,
         "steps": task.steps,
-        "sigma": None if sampler.transition.whole_runs else task.schedule.sigma.tolist(),
+        "sigma": None if sampler.stepping.whole_runs else task.schedule.sigma.tolist(),
         "levels": [],
     }
 

@@ -129,7 +129,7 @@ def test_bad_input() -> None:
         ({"back": 0.0}, r"in \(0, 1\]"),
         ({"quantile": 1.5}, "quantile must be in"),
         ({"threshold": float("nan")}, "threshold must be finite"),
-        ({"transition": Transition("scheduler")}, "cannot be stopped at single levels"),
+        ({"transition": Transition("scheduler")}, "it is stopped at single levels"),
     ):
         with pytest.raises(ValueError, match=words):
             Backtracking(**options)  # type: ignore[arg-type]

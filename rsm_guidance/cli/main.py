@@ -62,7 +62,9 @@ def parse(words: list[str]) -> Any:
             return tyro.cli(command, prog=f"{PROGRAM} {name}", args=rest, config=style, **given)
     group = next((f"{words[0]} " for name in COMMANDS if words and name.startswith(f"{words[0]} ")), "")
     listed = {name.removeprefix(group): load_object(path) for name, path in COMMANDS.items() if name.startswith(group)}
-    shown = [Annotated[c, tyro.conf.subcommand(n, description=_summary(c), prefix_name=False)] for n, c in listed.items()]
+    shown = [
+        Annotated[c, tyro.conf.subcommand(n, description=_summary(c), prefix_name=False)] for n, c in listed.items()
+    ]
     return tyro.cli(
         Union[tuple(shown)],  # noqa: UP007 - made at run time
         prog=f"{PROGRAM} {group}".strip(),

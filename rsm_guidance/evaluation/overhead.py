@@ -111,7 +111,9 @@ def measure_overhead(config: Overhead) -> dict[str, Any]:
             name: {"seconds_per_step": t, "ratio": t / medians["stock"], "peak_memory_bytes": memory[name]}
             for name, t in medians.items()
         }
-        result["models"].append({"model": Path(model_name(model)).name, "pipeline": type(pipe).__name__, "paths": figures})
+        result["models"].append(
+            {"model": Path(model_name(model)).name, "pipeline": type(pipe).__name__, "paths": figures}
+        )
     write_json(config.out, result)
     return result
 

@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rsm_guidance.core.rows import per_row
+
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow", "score"]
 
 
@@ -140,6 +142,42 @@ def to_prediction(x: Tensor, output: Tensor, alpha: float, sigma: float, kind: P
             raise ValueError(f"x0 cannot be recovered from {kind} at alpha = 0; use a flow or sample prediction there")
         eps = output if kind == "epsilon" else -sigma * output
         return Prediction(x, (x - sigma * eps) / alpha, eps)
+    raise ValueError(f"unknown prediction type {kind!r}; choose epsilon, sample, v_prediction, flow or score")
+
+
+def times_rows(x: Tensor, factor: Tensor) -> Tensor:
+    """x [R, ...] times a float64 factor [R] per row, rounded as x times a Python number is."""
+    wide = x.float() if x.dtype.itemsize < 4 else x
+    return (wide * per_row(factor.to(wide.dtype), wide)).to(x.dtype)
+
+
+def to_prediction_rows(x: Tensor, output: Tensor, alpha: Tensor, sigma: Tensor, kind: PredictionType) -> Prediction:
+    """`to_prediction` for rows at levels of their own: alpha and sigma are float64 [R] on the CPU."""
+    if x.shape != output.shape:
+        raise ValueError(f"the model output has shape {list(output.shape)}, the latents {list(x.shape)}")
+
+    def over(y: Tensor, divisor: Tensor) -> Tensor:
+        wide = y.float() if y.dtype.itemsize < 4 else y
+        return (wide / per_row(divisor.to(wide.dtype), wide)).to(y.dtype)
+
+    if kind == "flow":
+        total = alpha + sigma
+        total = torch.where((total - 1).abs() < 1e-9, 1.0, total)
+        x0, eps = x - times_rows(output, sigma), x + times_rows(output, alpha)
+        return Prediction(x, over(x0, total), over(eps, total), output)
+    if kind == "v_prediction":
+        norm = alpha**2 + sigma**2
+        x0 = times_rows(x, alpha) - times_rows(output, sigma)
+        return Prediction(x, over(x0, norm), over(times_rows(x, sigma) + times_rows(output, alpha), norm))
+    if kind == "sample":
+        if bool((sigma == 0).any()):
+            raise ValueError("eps cannot be recovered from x0 at sigma = 0; the clean level needs no prediction")
+        return Prediction(x, output, over(x - times_rows(output, alpha), sigma))
+    if kind in ("epsilon", "score"):
+        if bool((alpha == 0).any()):
+            raise ValueError(f"x0 cannot be recovered from {kind} at alpha = 0; use a flow or sample prediction there")
+        eps = output if kind == "epsilon" else -times_rows(output, sigma)
+        return Prediction(x, over(x - times_rows(eps, sigma), alpha), eps)
     raise ValueError(f"unknown prediction type {kind!r}; choose epsilon, sample, v_prediction, flow or score")
 
 

@@ -1,5 +1,6 @@
 """`PipelineDenoiser`: any supported diffusers pipeline as a `core.denoiser.Denoiser`."""
 
+import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -7,11 +8,12 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
 from rsm_guidance.core.contracts import StopRequested
 from rsm_guidance.core.schedule import NoiseSchedule, Prediction
-from rsm_guidance.engine.families import denoisers_of, pick_rows, prompts_of, require_drivable, traits_of
+from rsm_guidance.engine.families import denoisers_of, pick_rows, prompts_of, require_drivable, stock_call_of, traits_of
 from rsm_guidance.engine.loop import Done, Pause, Start, Step, StockLoop
 from rsm_guidance.engine.memory import MicroBatch, cast_weights_kept
 from rsm_guidance.engine.restart import Draws, Encoder
@@ -216,6 +218,44 @@ class PipelineDenoiser:
             for module in chosen:
                 module.disable_gradient_checkpointing()
 
+    @property
+    def levels(self) -> Levels:
+        """The levels of the call, and how model outputs are read at them.
+
+        Raises:
+            ValueError: if the scheduler takes no single steps from level to level.
+        """
+        return self._read()
+
+    @property
+    def guidance_scales(self) -> list[float]:
+        """The guidance scales that the call names, or its defaults."""
+        parameters = inspect.signature(stock_call_of(type(self.pipe))).parameters
+        names = [n for n in ("guidance_scale", "true_cfg_scale") if n in parameters]
+        values = [self._call.get(n, parameters[n].default) for n in names]
+        return [float(v) for v in values if isinstance(v, int | float)]
+
+    def rehearse(self, x: Tensor, rows: tuple[int, ...], stand_ins: Mapping[str, Any]) -> Iterator[Step]:
+        """The call from its first level on, with stand-ins for modules (see `StockLoop`) and latents x [R, ...] at each level.
+
+        It is apart from the paused call.  A callback of the caller's own is left out, diffusers' stay.
+        """
+        self.initial()
+        call = self._call_for(rows, self._draws.again(rows, self._base))
+        if not isinstance(call.get("callback_on_step_end"), PipelineCallback | MultiPipelineCallbacks):
+            call.pop("callback_on_step_end", None)
+        call.pop("callback", None)
+        loop = self._new_loop(call, rows, x, stand_ins=stand_ins)
+        try:
+            loop.resume()
+            pause = loop.resume()
+            while isinstance(pause, Step):
+                yield pause
+                pause = loop.resume(x)
+        finally:
+            self.evaluations += loop.evaluations
+            loop.close()
+
     def over(self, pipe: DiffusionPipeline | None) -> "PipelineDenoiser":
         """The denoiser of another pipeline, or of this one, for the same call; closed with this one."""
         other = PipelineDenoiser(pipe or self.pipe, self._call)
@@ -259,8 +299,9 @@ class PipelineDenoiser:
         rows: tuple[int, ...],
         latents: Tensor | None = None,
         skip: int = 0,
+        stand_ins: Mapping[str, Any] | None = None,
     ) -> StockLoop:
-        return StockLoop(self.pipe, call, latents, skip, Encoder(self._encoded, rows, len(self._base)))
+        return StockLoop(self.pipe, call, latents, skip, Encoder(self._encoded, rows, len(self._base)), stand_ins)
 
     def _restart(
         self,

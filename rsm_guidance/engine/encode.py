@@ -4,12 +4,21 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from rsm_guidance.core.contracts import UsageError
 
-@torch.no_grad()
+
 def encode_images(pipe: DiffusionPipeline, images: Tensor) -> Tensor:
-    """Images [B, 3, H, W] in [0, 1] to the latents the denoiser works on, scaled and packed (posterior mean)."""
+    """Images [B, 3, H, W] in [0, 1] to the latents the denoiser works on, scaled and packed (posterior mean).
+
+    The result has a gradient where the images ask for one.
+    """
     if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images must be [B, 3, H, W]; got {list(images.shape)}")
+        raise UsageError(f"images must be [B, 3, H, W]; got {list(images.shape)}")
+    with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
+        return _encode(pipe, images)
+
+
+def _encode(pipe: DiffusionPipeline, images: Tensor) -> Tensor:
     vae, config = pipe.vae, pipe.vae.config
     dtype = vae.dtype
     if config.get("force_upcast") and dtype == torch.float16:  # SDXL's encoder overflows in half precision

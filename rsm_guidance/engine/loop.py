@@ -9,7 +9,7 @@ up when a loop is abandoned, and the pipeline can be used for other things meanw
 import functools
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,11 +41,13 @@ class Start:
 class Step:
     """The loop stands at `scheduler.step`; all tensors [B, ...].
 
-    `following` holds the latents [B, ...] to which the scheduler has stepped, where it takes its own steps.
+    `timestep` is what the scheduler was told; `following` holds the latents [B, ...] to which it has stepped, where it
+    takes its own steps.
     """
 
     model_output: Tensor
     sample: Tensor
+    timestep: Any
     following: Tensor | None = None
 
 
@@ -88,10 +90,10 @@ class _Blank:
         return getattr(self._module, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor]:
-        return (self._latents.new_zeros(_batch_size(args, kwargs), *self._latents.shape[1:]),)
+        return (self._latents.new_zeros(batch_size(args, kwargs), *self._latents.shape[1:]),)
 
 
-def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Latents that a denoiser is called with: the length of its first input, by whatever name."""
     return len(args[0] if args else next(kwargs[n] for n in ("hidden_states", "sample", "x") if n in kwargs))
 
@@ -139,6 +141,7 @@ class StockLoop:
         latents: what the loop starts from, instead of the latents that the call prepares.
         skip: number of leading steps to skip without calling the denoiser.
         encode_prompt: replaces `pipe.encode_prompt` during the call; it receives the original as first argument.
+        stand_ins: what to call inside of the loop instead of modules of the pipeline, by their names.
 
     Attributes:
         evaluations: denoiser evaluations so far.
@@ -152,8 +155,10 @@ class StockLoop:
         latents: Tensor | None = None,
         skip: int = 0,
         encode_prompt: Callable[..., Any] | None = None,
+        stand_ins: Mapping[str, Any] | None = None,
     ) -> None:
         self.pipe = pipe
+        self._stand_ins = dict(stand_ins or {})
         self.evaluations = 0
         self.own_steps = False
         self._override = latents
@@ -215,14 +220,14 @@ class StockLoop:
                 if draws:
                     kwargs.setdefault("generator", self._call.get("generator"))
                 result = stock_step(model_output, timestep, sample, *args, **kwargs)
-                self._pause(Step(model_output, sample, result[0]))
+                self._pause(Step(model_output, sample, timestep, result[0]))
                 return result
             self._count_step(timestep)
             if self._blank:
                 latents = self._pass_blank()
             else:
                 self._skipping = False
-                latents = self._pause(Step(model_output, sample))
+                latents = self._pause(Step(model_output, sample, timestep))
             # Twice, since one-step pipelines read the second entry, x0; after the last step both are that.
             return (latents, latents) if kwargs.get("return_dict") is False else _SchedulerOutput(latents, latents)
 
@@ -258,6 +263,7 @@ class StockLoop:
     def _fast_forward(self) -> None:
         """Arrange for the steps to be skipped: by the family's own interruption, else by denoisers that do nothing."""
         pipe, scheduler = self.pipe, self.pipe.scheduler
+        vars(pipe).update(self._stand_ins)
         if self._jump:
             pipe._interrupt = _FastForward(self._jump)
             if hasattr(scheduler, "_step_index"):
@@ -316,7 +322,7 @@ class StockLoop:
         return pause
 
     def _count(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.evaluations += _batch_size(args, kwargs)
+        self.evaluations += batch_size(args, kwargs)
 
     @property
     def interrupted(self) -> bool:

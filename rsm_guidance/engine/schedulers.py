@@ -14,7 +14,14 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from rsm_guidance.core.schedule import NoiseSchedule, Prediction, PredictionType, to_prediction
+from rsm_guidance.core.schedule import (
+    NoiseSchedule,
+    Prediction,
+    PredictionType,
+    times_rows,
+    to_prediction,
+    to_prediction_rows,
+)
 
 _FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler", "LTXEulerAncestralRFScheduler")
 _CUMULATIVE = ("DDIMScheduler", "DDPMScheduler", "DDIMParallelScheduler", "DDPMParallelScheduler", "LCMScheduler",
@@ -58,6 +65,16 @@ class Levels:
             p = to_prediction(scale * x, output, scale, scale * sigma, self.kind)
             return Prediction(x, p.x0, p.eps)
         return to_prediction(x, output, alpha, sigma, self.kind)
+
+    def read_rows(self, x: Tensor, output: Tensor, levels: Tensor) -> Prediction:
+        """The prediction of a model output [R, ...] for latents x [R, ...] at a level each [R]."""
+        index = levels.cpu()
+        alpha, sigma = self.schedule.alpha[index], self.schedule.sigma[index]
+        if self.kind != "flow" and bool((self.schedule.alpha == 1).all()):  # exploding, as in `read`
+            scale = (1 + sigma**2) ** -0.5
+            p = to_prediction_rows(times_rows(x, scale), output, scale, scale * sigma, self.kind)
+            return Prediction(x, p.x0, p.eps)
+        return to_prediction_rows(x, output, alpha, sigma, self.kind)
 
 
 def _prediction_type(scheduler: SchedulerMixin) -> str:

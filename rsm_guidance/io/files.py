@@ -1,15 +1,21 @@
-"""Reading prompts and images, and writing results so that nothing is left half-written."""
+"""Reading prompts and images, and writing files and folders so that nothing is left half-written.
+
+torch, numpy and Pillow are loaded by the functions that need them, so that the command line starts quickly.
+"""
+
+from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from PIL import Image, UnidentifiedImageError
-from torch import Tensor
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
 
 
 def require_writable(path: Path) -> Path:
@@ -33,7 +39,8 @@ def require_writable(path: Path) -> Path:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write` with a temporary path beside `path` and move the result into place."""
+    """Call `write` with a temporary path beside `path` and move the result into place; the folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.stem + ".partial" + path.suffix)
     try:
         write(partial)
@@ -42,13 +49,90 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         partial.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
 def write_json(path: Path, data: Any) -> None:
-    """Write JSON atomically."""
-    write_atomically(path, lambda p: p.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8"))
+    """Write strict JSON atomically.
+
+    Raises:
+        ValueError: for NaN and infinities, which JSON does not have; says where they stand.
+    """
+    try:
+        text = json.dumps(data, indent=1, allow_nan=False)
+    except ValueError as error:
+        where = _not_finite(data, "")
+        if where is None:  # something else, such as a circle
+            raise
+        raise ValueError(f"cannot write {path}: JSON has no NaN or infinity, but {where} is one") from error
+    write_text(path, text + "\n")
+
+
+def _not_finite(data: Any, where: str) -> str | None:
+    """The place of the first number that is not finite, such as "levels[3].ess"."""
+    if isinstance(data, float):
+        return None if math.isfinite(data) else where or "the number"
+    entries: list[tuple[str, Any]] = []
+    if isinstance(data, Mapping):
+        entries = [(f"{where}.{key}" if where else str(key), value) for key, value in data.items()]
+    elif isinstance(data, list | tuple):
+        entries = [(f"{where}[{index}]", value) for index, value in enumerate(data)]
+    return next((found for place, value in entries if (found := _not_finite(value, place)) is not None), None)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors by name as safetensors, atomically, from any device and layout."""
+    from safetensors.torch import save_file
+
+    own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, lambda p: save_file(own, p, metadata))
+
+
+def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
+    """Call `write` with an empty folder beside `folder` and put it in its place.
+
+    `folder` is whole at any moment; after a crash between the two moves `recover_folder` finds the old one.
+    """
+    write(begin_folder(folder))
+    commit_folder(folder)
+
+
+def begin_folder(folder: Path) -> Path:
+    """An empty folder beside `folder`, to be filled and then put in its place by `commit_folder`."""
+    fresh = _beside(folder, ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    return fresh
+
+
+def commit_folder(folder: Path) -> None:
+    """Put what `begin_folder` gave, and the caller filled, in the place of `folder`."""
+    old = _beside(folder, ".old")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
+    os.replace(_beside(folder, ".new"), folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_folder(folder: Path) -> bool:
+    """Whether `folder` is there, after bringing back the old one of a `replace_folder` that was cut short."""
+    old = _beside(folder, ".old")
+    if not folder.exists() and old.exists():
+        os.replace(old, folder)
+    return folder.exists()
+
+
+def _beside(folder: Path, suffix: str) -> Path:
+    return folder.with_name(folder.name + suffix)
 
 
 def require_image_name(path: Path) -> Path:
     """The path itself, if its suffix names an image format that can be written; checked like `require_writable`."""
+    from PIL import Image
+
     Image.init()
     if path.is_dir():
         raise ValueError(f"cannot write {path}: it is a folder; name a file")
@@ -95,6 +179,10 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
     Raises:
         ValueError: if the file cannot be read as an image.
     """
+    import numpy as np
+    import torch
+    from PIL import Image, UnidentifiedImageError
+
     try:
         with Image.open(path) as file:
             image = file.convert("RGB")

@@ -3,34 +3,24 @@
 import functools
 import inspect
 from collections.abc import Callable
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
-from torch import Tensor
 
-from rsm_guidance.core.contracts import Reward
+from rsm_guidance.core.contracts import Reward, ValueSource
+from rsm_guidance.core.errors import UsageError
 from rsm_guidance.core.ledger import Budget, Ledger
-from rsm_guidance.core.random import RandomStreams
+from rsm_guidance.core.random import Purpose, RandomStreams
 from rsm_guidance.engine import PipelineDenoiser
 from rsm_guidance.engine.families import prompts_of
-from rsm_guidance.samplers import Interrupted, Monitor, Problem, Progress, Sampler, SamplerOutput, Watch, parse_sampler
-from rsm_guidance.values import (
-    DiffusionRewardModel,
-    DRMValue,
-    EstimatedValue,
-    Estimator,
-    Judge,
-    Lookahead,
-    adapter_on,
-    load_judge,
-    load_value,
-)
+from rsm_guidance.rewards import resolve_reward
+from rsm_guidance.samplers import Monitor, Progress, Sampler, SamplerOutput, Task, Watch, parse_sampler, run
+from rsm_guidance.values import ESTIMATORS, Tweedie, resolve_value
 
 
 @dataclass
@@ -50,29 +40,31 @@ class GuidedPipelineOutput(BaseOutput):
     trace: dict[str, Any]
 
 
-_OURS = (
-    inspect.Parameter("sampler", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Sampler | str | None),
-    inspect.Parameter("reward", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Judge | str | None),
-    inspect.Parameter("value", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Judge | Estimator | str | None),
-    inspect.Parameter("budget", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Budget | float | None),
-    inspect.Parameter("seed", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=int | None),
-    inspect.Parameter(
-        "on_step", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Callable[[Progress], None] | None
-    ),
-    inspect.Parameter("monitor", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Monitor | Judge | str | None),
-)
+_KINDS: dict[str, Any] = {
+    "sampler": Sampler | str | None,
+    "reward": Reward | Callable[..., Any] | str | None,
+    "value": ValueSource | Callable[..., Any] | str | None,
+    "budget": Budget | float | None,
+    "seed": int | None,
+    "on_step": Callable[[Progress], None] | None,
+    "monitor": Monitor | Reward | Callable[..., Any] | str | None,
+    "reward_columns": dict[str, list[Any]] | None,
+}
+_OURS = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=k) for n, k in _KINDS.items()]
 _ARGUMENTS = """
 
         Reward guidance (rsm-guidance):
             sampler (`Sampler` or `str`, *optional*): how to sample; None is the stock pipeline, unchanged.
-            reward (function, `DiffusionRewardModel` or `str`, *optional*): what to maximise. A diffusion reward model
-                also scores the noisy latents.
-            value (`DiffusionRewardModel`, `Tweedie`, `Smoothed`, `Lookahead`, function or `str`, *optional*): judge of
-                noisy latents, where it is not the reward. An estimator says how the reward, a function, sees the clean
-                image in noisy latents (default: `Tweedie`).
+            reward (reward, function or `str`, *optional*): what to maximise. A diffusion reward model also scores the noisy
+                latents; by name it shares this pipeline's modules.
+            value (`DiffusionRewardModel`, `Tweedie`, `Smoothed`, `Lookahead`, function or `str`, *optional*): scores noisy
+                latents, where the reward does not. An estimator says how the reward sees the clean image in noisy latents
+                (default: `Tweedie`).
             budget (`Budget` or `float`, *optional*): hard cap; a number caps denoiser evaluations per image.
-            monitor (`Monitor`, reward or `str`, *optional*): a held-out reward that sees every finished image; reported in
-                the trace, and able to stop a run that over-optimises.
+            monitor (`Monitor`, reward or `str`, *optional*): a gold (held-out) reward that sees every finished image; reported
+                in the trace, and able to stop a run that over-optimises.
+            reward_columns (`dict`, *optional*): what the reward requires besides prompts, a list with one entry per prompt
+                for each name.
             seed (`int`, *optional*): names all random numbers; the same seed gives the same image for a prompt,
                 whatever the batch (image-conditioned stock calls without a sampler excepted). Instead of `generator`.
             on_step (`Callable`, *optional*): receives a `Progress` after every level. (Samplers jump between levels, so that
@@ -84,7 +76,8 @@ _ARGUMENTS = """
 def reward_guided(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
     """The reward-guided subclass of a pipeline class.
 
-    It keeps the stock signature and adds the keyword arguments sampler, reward, value, budget, monitor, seed and on_step.
+    It keeps the stock signature and adds the keyword arguments sampler, reward, value, budget, seed, on_step, monitor and
+    reward_columns.
     """
     stock_call = base.__call__
     signature = inspect.signature(stock_call)
@@ -144,60 +137,54 @@ def reward_guided(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
 
 
 def _call(
-    pipe: DiffusionPipeline,
-    stock_call: Callable[..., Any],
-    call: dict[str, Any],
-    sampler: Sampler | str | None,
-    reward: Judge | str | None,
-    value: Judge | Estimator | str | None,
-    budget: Budget | float | None,
-    on_step: Callable[[Progress], None] | None,
-    monitor: Monitor | Judge | str | None = None,
-    seed: int | None = None,
+    pipe: DiffusionPipeline, stock_call: Callable[..., Any], call: dict[str, Any], sampler: Sampler | str | None, **ours: Any
 ) -> Any:
+    seed, generator = ours.pop("seed", None), call.get("generator")
     if sampler is not None:
         _check_prompt(call)
-    prompts, generator = prompts_of(call), call.get("generator")
+    prompts = prompts_of(call)
     if seed is not None and generator is not None:
-        raise ValueError("pass either seed or generator, not both")
+        raise UsageError("pass either seed or generator, not both")
     if seed is None and sampler is not None:
         seed = _seed_of(generator)
     streams = RandomStreams.for_prompts(seed or 0, prompts)
     if seed is not None and generator is None:
-        call["generator"] = [streams.generator(row, "initial", 0) for row in range(len(prompts))]
+        call["generator"] = [streams.generator(row, Purpose.INITIAL, 0) for row in range(len(prompts))]
     if sampler is None:
-        given = [
-            n
-            for n, v in (
-                ("reward", reward), ("value", value), ("budget", budget), ("monitor", monitor), ("on_step", on_step)
-            )
-            if v is not None
-        ]  # fmt: skip
+        given = [name for name, value in ours.items() if value is not None]
         if given:
-            raise ValueError(
+            raise UsageError(
                 f"{given[0]} has no effect without a sampler; pass sampler='none' to score unguided samples"
             )
         return stock_call(pipe, **call)
-    sampler = parse_sampler(sampler) if isinstance(sampler, str) else sampler
-    judge = None if reward is None else load_judge(reward)
-    scorer = None if value is None else load_value(value)
-    if isinstance(scorer, Estimator) and judge is None:
-        raise ValueError(
-            f"{type(scorer).__name__} estimates the images that a reward is to judge; pass a reward as well"
-        )
-    caps = budget if isinstance(budget, Budget) else Budget(evaluations=budget)
-    ledger = Ledger(caps, images=len(prompts))
-    with torch.no_grad(), ExitStack() as stack:
-        denoiser = stack.enter_context(closing(PipelineDenoiser(pipe, call, ledger)))
-        problem = Problem(denoiser, streams, ledger)
-        scout = None
-        if isinstance(scorer, Lookahead) and (scorer.pipe is not None or scorer.adapter is not None):
-            scout = stack.enter_context(closing(_scout(pipe, call, scorer, denoiser)))
-        _set_judges(problem, judge, scorer, denoiser, scout)
+    return _guided(pipe, call, streams, parse_sampler(sampler) if isinstance(sampler, str) else sampler, **ours)
+
+
+def _guided(
+    pipe: DiffusionPipeline,
+    call: dict[str, Any],
+    streams: RandomStreams,
+    sampler: Sampler,
+    reward: Any = None,
+    value: Any = None,
+    budget: Budget | float | None = None,
+    on_step: Callable[[Progress], None] | None = None,
+    monitor: Any = None,
+    reward_columns: dict[str, list[Any]] | None = None,
+) -> Any:
+    final, source = scoring(reward, value, pipe)
+    count = len(streams.names)
+    ledger = Ledger(budget if isinstance(budget, Budget) else Budget(evaluations=budget), images=count)
+    columns = _columns(reward_columns or {}, count)
+    with torch.no_grad(), closing(PipelineDenoiser(pipe, call)) as denoiser:
+        task = Task(denoiser, streams, ledger, final, source, columns=columns)
         if monitor is not None:
-            problem.watch = Watch(_monitor(monitor), len(prompts))
-        output = _sample(pipe, sampler, problem, on_step)
+            watching = monitor if isinstance(monitor, Monitor) else Monitor(resolve_reward(monitor, pipe))
+            task.watch = Watch(watching, denoiser.prompts, columns)
+        output = _sampled(pipe, sampler, task, on_step)
         images = denoiser.finish(output.latents)
+    if call.get("output_type") != "latent":
+        ledger.decodes += count
     ledger.finish()
     output.trace["ledger"] = ledger.to_dict()  # now with the final decode
     if call.get("return_dict") is False:
@@ -206,11 +193,42 @@ def _call(
     return GuidedPipelineOutput(images[0], rewards, output.ledger, output.trace)
 
 
-def _sample(
-    pipe: DiffusionPipeline, sampler: Sampler, problem: Problem, on_step: Callable[[Progress], None] | None
+def scoring(reward: Any, value: Any, pipe: DiffusionPipeline) -> tuple[Reward | None, ValueSource | None]:
+    """What scores finished images, and what makes the value of noisy latents.
+
+    A reward with a value of its own scores the latents, finished ones, too, undecoded; any other the image of their posterior
+    mean.  Where a value is given, it scores noisy latents, and finished images, too, if there is no reward.
+
+    Raises:
+        UsageError: if a reward or value cannot be found, or an estimator has no reward to estimate.
+    """
+    final = None if reward is None else resolve_reward(reward, pipe)
+    source = None if value is None else resolve_value(value, pipe)
+    if source is None:
+        own: Any = final if hasattr(final, "value") else None
+        return (None, own) if own is not None else (final, None if final is None else Tweedie())
+    if final is None and isinstance(source, tuple(ESTIMATORS.values())):
+        raise UsageError(
+            f"{type(source).__name__} estimates the images that a reward is to score; pass a reward as well"
+        )
+    return final or getattr(source, "reward", None), source
+
+
+def _columns(columns: dict[str, list[Any]], count: int) -> dict[str, list[Any]]:
+    """Columns with an entry for every image, from those with one for every prompt."""
+    repeated = {}
+    for name, values in columns.items():
+        if not len(values) or count % len(values):
+            raise UsageError(f"the column {name!r} has {len(values)} entries for {count} images; give one for each prompt")
+        repeated[name] = [v for v in values for _ in range(count // len(values))]
+    return repeated
+
+
+def _sampled(
+    pipe: DiffusionPipeline, sampler: Sampler, task: Task, on_step: Callable[[Progress], None] | None
 ) -> SamplerOutput:
     """Run a sampler under the pipeline's progress bar."""
-    with pipe.progress_bar(total=problem.denoiser.steps) as bar:
+    with pipe.progress_bar(total=task.steps) as bar:
 
         def progress(event: Progress) -> None:
             if event.level == 1:
@@ -219,77 +237,8 @@ def _sample(
             if on_step is not None:
                 on_step(event)
 
-        problem.progress = progress
-        try:
-            return sampler.sample(problem)
-        except Interrupted as interrupt:
-            if problem.ledger.stopped == "interrupted":
-                raise KeyboardInterrupt from interrupt
-            raise ValueError(
-                f"the deadline of {problem.ledger.budget.seconds} s passed before the first denoising step; allow more time"
-            ) from interrupt
-
-
-def _scout(
-    pipe: DiffusionPipeline, call: dict[str, Any], lookahead: Lookahead, denoiser: PipelineDenoiser
-) -> PipelineDenoiser:
-    """The denoiser that looks ahead, over the same call and levels."""
-    scout = PipelineDenoiser(lookahead.pipe or pipe, call, denoiser.ledger)
-    with torch.no_grad():
-        ours, theirs = denoiser.schedule, scout.schedule
-        shapes = [list(d.initial().shape) for d in (denoiser, scout)]
-    if ours.steps != theirs.steps or not torch.allclose(ours.sigma, theirs.sigma, atol=1e-4) or shapes[0] != shapes[1]:
-        scout.close()
-        raise ValueError(
-            f"{type(scout.pipe).__name__} cannot look ahead for {type(pipe).__name__}: its latents {shapes[1]} or noise "
-            f"levels differ from {shapes[0]}; use a pipeline of the same family, and give it the same scheduler"
-        )
-    return scout
-
-
-def _set_judges(
-    problem: Problem,
-    judge: Judge | None,
-    value: Judge | Estimator | None,
-    denoiser: PipelineDenoiser,
-    scout: PipelineDenoiser | None = None,
-) -> None:
-    """Who judges what: the reward judges finished images, and noisy latents too unless a value model does."""
-    ledger = problem.ledger
-    if isinstance(judge, DiffusionRewardModel):
-        problem.reward = (
-            _charged(judge, ledger) if value is not None else None
-        )  # alone it scores the latents, undecoded
-    else:
-        problem.reward = judge
-    scorer = judge if value is None else value
-    if isinstance(scorer, DiffusionRewardModel):
-        problem.value = DRMValue(scorer, denoiser, ledger, denoiser.token_grid)
-    elif isinstance(scorer, Estimator):
-        assert problem.reward is not None
-        adapter = scorer.adapter if isinstance(scorer, Lookahead) else None
-        on = nullcontext if adapter is None else partial(adapter_on, denoiser.pipe, adapter)
-        problem.value = EstimatedValue(denoiser, problem.reward, ledger, scorer, problem.streams, scout, on)
-    elif scorer is not None:
-        problem.value = EstimatedValue(denoiser, scorer, ledger)
-        problem.reward = problem.reward or scorer
-
-
-def _monitor(monitor: Monitor | Judge | str) -> Monitor:
-    if isinstance(monitor, Monitor):
-        return monitor
-    judge = load_judge(monitor)
-    return Monitor(judge.score_images if isinstance(judge, DiffusionRewardModel) else judge)
-
-
-def _charged(judge: DiffusionRewardModel, ledger: Ledger) -> Reward:
-    """A diffusion reward model as a judge of finished images, booked at its share."""
-
-    def score(images: Tensor, prompts: list[str]) -> Tensor:
-        ledger.charge_value(len(images), judge.depth_share)
-        return judge.score_images(images, prompts)
-
-    return score
+        task.progress = progress
+        return run(sampler, task)
 
 
 def _check_prompt(call: dict[str, Any]) -> None:

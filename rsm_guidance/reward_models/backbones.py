@@ -12,7 +12,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from rsm_guidance.engine.families import denoisers_of, stock_call_of
+from rsm_guidance.engine.families import stock_call_of
+from rsm_guidance.reward_models.backbone import denoiser_of
 
 Texts = dict[str, Any]
 """Encoded prompts: per name one entry per prompt, a tensor each ([L, D], [D] or a mask [L])."""
@@ -163,12 +164,6 @@ _TABLE: dict[str, Backbone] = {
     "ZImageTransformer2DModel": Backbone(("layers",), _z_image_text, _z_image),
 }
 _SDXL = Backbone(_UNET, _sdxl_text, _sdxl)
-
-
-def denoiser_of(pipe: DiffusionPipeline) -> Any:
-    """The pipeline's denoiser (a diffusers model), below `torch.compile` if it was compiled."""
-    module = next(iter(denoisers_of(pipe).values()))
-    return getattr(module, "_orig_mod", module)
 
 
 def backbone_of(pipe: DiffusionPipeline) -> Backbone:

@@ -12,26 +12,22 @@ Prompts move together, in rounds at the noisiest level at which one of them stan
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from rsm_guidance.core.transitions import Transition
-from rsm_guidance.samplers.base import (
-    Interrupted,
-    Problem,
-    SamplerOutput,
-    check_deadline,
-    finished,
-    interruptible,
-    new_trace,
-)
+from rsm_guidance.core.random import Purpose
+from rsm_guidance.core.transitions import CPS, GaussianTransition, require_gaussian
+from rsm_guidance.samplers import kernel
+from rsm_guidance.samplers.kernel import Info, Result, Sampler, Solution
+from rsm_guidance.samplers.task import Task
 
 
 @dataclass(frozen=True)
-class Backtracking:
+class Backtracking(Sampler):
     """Go back and try again where the value falls short.
 
     Attributes:
@@ -44,68 +40,52 @@ class Backtracking:
     """
 
     name: ClassVar[str] = "backtracking"
-    scales: ClassVar[str | None] = "attempts"
+    budget_field: ClassVar[str | None] = "attempts"
+    least: ClassVar[int] = 0
+    adaptive: ClassVar[bool] = True
     attempts: int = 6
     back: float = 0.5
     checks: int = 4
     threshold: float | None = None
     quantile: float = 0.5
-    transition: Transition = Transition("cps", 0.9)
+    transition: GaussianTransition = CPS(0.9)
 
     def __post_init__(self) -> None:
-        if self.attempts < 0 or self.checks < 1:
-            raise ValueError(
-                f"attempts must be at least 0 and checks at least 1; got {self.attempts} and {self.checks}"
-            )
-        if not 0 < self.back <= 1:
-            raise ValueError(f"back is a share of the run, in (0, 1]; got {self.back}")
+        kernel.at_least(self, 0, "attempts")
+        kernel.at_least(self, 1, "checks")
+        kernel.share(self, "back")
         if not 0 <= self.quantile <= 1:
             raise ValueError(f"quantile must be in [0, 1]; got {self.quantile}")
         if self.threshold is not None and not math.isfinite(self.threshold):
             raise ValueError(f"threshold must be finite; got {self.threshold}")
-        if self.transition.kind in ("scheduler", "glass"):
-            raise ValueError(
-                f"the transition {self.transition.kind!r} cannot be stopped at single levels; choose ode, ddim, cps or flow_sde"
-            )
+        require_gaussian(self.transition, "it is stopped at single levels")
 
-    def sample(self, problem: Problem) -> SamplerOutput:
+    def check(self, task: Task) -> None:
+        if self.attempts:
+            kernel.require(self, task, value=self.checks > 1)
+
+    def solve(self, task: Task) -> Solution:
         """Cost per image: an unguided sample, a value evaluation at each check, and for every attempt that is used
         `back` of a run and another evaluation.  An image's budget bounds its attempts, whatever the others use.
         """
-        if self.attempts:
-            problem.require_judge(self.name)
-        if self.attempts and self.checks > 1 and problem.value is None:
-            raise ValueError(
-                "the sampler 'backtracking' scores noisy latents: pass a diffusion reward model, or a reward"
-            )
-        problem.require_budget()
-        search = _Search(self, problem)
-        trace = new_trace(self, problem) | {"visits": search.visits}
-        try:
-            with interruptible(problem):
-                search.run()
-        except Interrupted:
-            if search.estimate is None:
-                raise
-            trace["levels"] = search.summary()
-            return finished(problem, search.so_far(), trace)
-        trace["levels"] = search.summary()
-        if search.checks and None not in search.rewards:
-            rewards = torch.tensor(search.rewards, dtype=torch.float64)
-            return finished(problem, search.x, trace, rewards)
-        return finished(problem, search.x, trace)
+        search = _Search(self, task)
+        for info in search.run():
+            yield info
+        return search.result()
 
 
 class _Search:
     """Where every row stands, and what it has seen."""
 
-    def __init__(self, config: Backtracking, problem: Problem) -> None:
-        self.config, self.problem = config, problem
-        self.schedule, count = problem.denoiser.schedule, problem.count
+    def __init__(self, config: Backtracking, task: Task) -> None:
+        self.config, self.task = config, task
+        self.schedule, count = task.schedule, task.count
         self.steps = self.schedule.steps
         self.back = max(1, round(config.back * self.steps))
+        self.spare = [math.inf] * count  # denoiser evaluations that each row may spend on going back
+        self.spare_calls = [math.inf] * count
         self.checks = self._affordable_checks()
-        self.x = problem.initial(0)
+        self.x = task.initial(0)
         self.level = [0] * count
         self.next = [0] * count  # index of the row's next check
         self.used = [0] * count  # attempts
@@ -113,36 +93,36 @@ class _Search:
         self.seen: list[list[list[float]]] = [[[] for _ in self.checks] for _ in range(count)]
         self.best: list[Tensor | None] = [None] * count  # at the row's next check
         self.rewards: list[float | None] = [None] * count
-        self.estimate: Tensor | None = None
+        self.estimate = self.x
         self.visits: list[dict[str, Any]] = []
 
     # --- what may be spent ---
 
     def _price(self, level: int) -> tuple[float, int]:
-        """Denoiser evaluations and reward calls for judging one latent at a check."""
-        value = self.problem.value
+        """Denoiser evaluations and reward calls of scoring one latent at a check."""
+        task = self.task
         if level == self.steps:
-            return self.problem.final_cost, self.problem.final_calls
-        assert value is not None
-        return value.evaluations_per_row, value.reward_calls_per_row
+            return task.final_cost, task.final_calls
+        return task.value_cost(reused=False), task.value.reward_calls_per_row
 
     def _affordable_checks(self) -> list[int]:
-        """The levels at which to judge; none where there is nothing to go back for or to pay with."""
-        problem, config = self.problem, self.config
+        """The levels to score at; none where there is nothing to go back for or to pay with."""
+        task, config = self.task, self.config
         if not config.attempts:
             return []
         spread = torch.linspace(0, self.steps, config.checks + 1).round().long().tolist()
         checks = sorted(set(spread) - {0})
         prices = [self._price(level) for level in checks]
-        cost = self.steps * problem.denoiser.evaluations_per_row + sum(p for p, _ in prices)
+        cost = self.steps * task.denoiser.evaluations_per_row + sum(p for p, _ in prices)
         calls = sum(c for _, c in prices)
-        if not problem.affords(cost * problem.count, calls * problem.count):
+        budget = task.ledger.budget
+        if not task.ledger.affords(cost * task.count, calls * task.count, (calls + 1) * task.count):
+            task.ledger.stop("budget")
             return []
-        budget = problem.ledger.budget
         left = min([cap - more for cap, more in ((budget.reward_calls, 0), (budget.decodes, 1)) if cap] or [math.inf])
         # What a single row may spend on going back, so that no row depends on the others.
-        self.spare = [(budget.evaluations or math.inf) - cost] * problem.count
-        self.spare_calls = [left - calls] * problem.count
+        self.spare = [(budget.evaluations or math.inf) - cost] * task.count
+        self.spare_calls = [left - calls] * task.count
         return checks
 
     def _try_again(self, row: int, level: int) -> bool:
@@ -150,10 +130,10 @@ class _Search:
         limit = math.ceil(self.config.attempts * (self.next[row] + 1) / len(self.checks))
         if self.used[row] >= limit:
             return False
-        judge, calls = self._price(level)
-        cost = min(self.back, level) * self.problem.denoiser.evaluations_per_row + judge
+        price, calls = self._price(level)
+        cost = min(self.back, level) * self.task.denoiser.evaluations_per_row + price
         if cost > self.spare[row] + 1e-6 or calls > self.spare_calls[row]:
-            self.problem.ledger.stop("budget")
+            self.task.ledger.stop("budget")
             return False
         self.spare[row] -= cost
         self.spare_calls[row] -= calls
@@ -162,44 +142,37 @@ class _Search:
 
     # --- moving ---
 
-    def run(self) -> None:
+    def run(self) -> Iterator[Info]:
         """Take every row to the clean level."""
         while min(self.level) < self.steps:
-            check_deadline(self.problem)
             at = min(self.level)
             rows = [r for r, level in enumerate(self.level) if level == at]
             self._step(rows, at)
+            yield Info(at, self.estimate, so_far=self.so_far)
             due = [r for r in rows if self.checks and self.checks[self.next[r]] == at + 1]
             if due:
                 self._check(due, at + 1)
 
     def _step(self, rows: list[int], level: int) -> None:
-        problem, index = self.problem, torch.tensor(rows)
-        prediction = problem.denoiser.predict(self.x[index], level, index)
+        task, index = self.task, torch.tensor(rows)
+        prediction = task.predict(self.x[index], level, index)
         gaussian = self.config.transition(prediction, self.schedule, level, level + 1)
-        moved = gaussian.mean
-        if gaussian.std > 0:
-            noise = [problem.streams.normal(r, moved.shape[1:], "step", 0, level, self.attempt[r]) for r in rows]
-            moved = gaussian.sample(torch.stack(noise))
-        self.x = self.x.clone()
-        self.x[index] = moved
-        self.estimate = prediction.x0.clone() if self.estimate is None else self.estimate
+        names = [(Purpose.STEP, 0, level, self.attempt[r]) for r in rows]
+        noise = torch.zeros(1) if gaussian.std == 0 else task.named_noise(index, self.x.shape[1:], names)
+        self.x, self.estimate = self.x.clone(), self.estimate.clone()
+        self.x[index] = gaussian.sample(noise)
         self.estimate[index] = prediction.x0
         for row in rows:
             self.level[row] = level + 1
-        problem.report(level, self.estimate)
 
     def _check(self, rows: list[int], level: int) -> None:
-        """Judge rows at their check; each goes back, or on from the best state it has seen here."""
-        problem, index = self.problem, torch.tensor(rows)
-        judged = (
-            problem.final_rewards(self.x[index], index)
-            if level == self.steps
-            else problem.values(self.x[index], level, index)
-        )
-        assert judged is not None
+        """Score rows at their check; each goes back, or on from the best state it has seen here."""
+        task, index = self.task, torch.tensor(rows)
+        clean = level == self.steps
+        found = task.final_scores(self.x[index], index) if clean else task.score(self.x[index], level, index)[0]
+        assert found is not None
         back = []
-        for row, value in zip(rows, judged.tolist(), strict=True):
+        for row, value in zip(rows, found.tolist(), strict=True):
             seen = self.seen[row][self.next[row]]
             if not seen or value > max(seen):
                 self.best[row] = self.x[row].clone()
@@ -212,9 +185,9 @@ class _Search:
                 self._accept(row, level)
         if back:
             target = max(0, level - self.back)
-            shape = self.x.shape[1:]
-            noise = [problem.streams.normal(r, shape, "back", level, self.used[r]) for r in back]
-            self.x[back] = self.schedule.noise_back(self.x[back], torch.stack(noise), level, target)
+            names = [(Purpose.BACK, level, self.used[r]) for r in back]
+            noise = task.named_noise(torch.tensor(back), self.x.shape[1:], names)
+            self.x[back] = self.schedule.noise_back(self.x[back], noise, level, target)
             for row in back:
                 self.level[row], self.attempt[row] = target, self.used[row]
 
@@ -235,22 +208,27 @@ class _Search:
 
     # --- reports ---
 
-    def so_far(self) -> Tensor:
-        """Latents [B, ...] of an unfinished search: finished images where there are any, estimates elsewhere."""
-        assert self.estimate is not None
+    def result(self) -> Result:
+        """The finished search."""
+        known = bool(self.checks) and None not in self.rewards
+        rewards = torch.tensor(self.rewards, dtype=torch.float64) if known else None
+        return Result(self.x, rewards, sections=self._sections())
+
+    def so_far(self) -> Result:
+        """An unfinished search: finished images where there are any, estimates elsewhere."""
         latents = self.estimate.clone()
         for row, (reward, best) in enumerate(zip(self.rewards, self.best, strict=True)):
             if reward is not None:
                 latents[row] = self.x[row]
             elif best is not None and self.checks[self.next[row]] == self.steps:
                 latents[row] = best
-        return latents
+        return Result(latents, sections=self._sections())
 
-    def summary(self) -> list[dict[str, Any]]:
-        """Per check that all rows have reached: values seen by each row, and the one that went on."""
+    def _sections(self) -> dict[str, Any]:
+        """All visits, and per check that all rows have reached the values seen by each row and the one that went on."""
         listed = []
         for i, level in enumerate(self.checks):
             scores = [rows[i] for rows in self.seen]
             if all(scores):
                 listed.append({"level": level, "scores": scores, "chosen": [s.index(max(s)) for s in scores]})
-        return listed
+        return {"levels": listed, "visits": self.visits}

@@ -1,4 +1,4 @@
-"""Best-of-N: N independent samples per prompt, the best by the final judge is returned.
+"""Best-of-N: N independent samples per prompt, the best by the final score is returned.
 
 The baseline every other method must beat at equal cost.  Greedy: it maximises, and overshoots the tilted posterior.
 
@@ -13,13 +13,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rsm_guidance.core.transitions import Transition
-from rsm_guidance.samplers.base import Interrupted, Problem, SamplerOutput, finished, interruptible, new_trace
-from rsm_guidance.samplers.rollout import Rollout
+from rsm_guidance.core.transitions import SchedulerSteps, Transition
+from rsm_guidance.rollouts.collect import trajectories
+from rsm_guidance.samplers.kernel import Info, Result, Solution, Sampler, at_least, require
+from rsm_guidance.samplers.task import Task
 
 
 @dataclass(frozen=True)
-class BestOfN:
+class BestOfN(Sampler):
     """N samples, one winner per prompt.
 
     Attributes:
@@ -30,65 +31,91 @@ class BestOfN:
     """
 
     name: ClassVar[str] = "best-of-n"
-    scales: ClassVar[str | None] = "candidates"
+    budget_field: ClassVar[str | None] = "candidates"
     candidates: int = 4
-    transition: Transition = Transition("scheduler")
+    transition: Transition = SchedulerSteps()
     batch_rows: int = 64
     accept: float | None = None
 
     def __post_init__(self) -> None:
-        if self.candidates < 1 or self.batch_rows < 1:
-            raise ValueError(f"candidates and batch_rows must be at least 1; got {self.candidates}, {self.batch_rows}")
+        at_least(self, 1, "candidates", "batch_rows")
         if self.accept is not None and not math.isfinite(self.accept):
             raise ValueError(f"accept must be finite; got {self.accept}")
 
-    def sample(self, problem: Problem) -> SamplerOutput:
-        """Cost per image: N times an unguided sample and its final score, or fewer with `accept`.  A budget lowers N."""
+    def check(self, task: Task) -> None:
         if self.candidates > 1:
-            problem.require_judge(self.name)
-        problem.require_budget()
-        trace = new_trace(self, problem)
-        scores: list[list[float]] = [[] for _ in range(problem.count)]
-        best = torch.full((problem.count,), -torch.inf, dtype=torch.float64)
-        chosen, going = torch.zeros_like(problem.rows), problem.rows
-        latents: Tensor | None = None
-        for candidates in self._batches(problem):
-            rollout = Rollout(problem, self.transition, candidates, prompts=going, others=latents)
-            try:
-                x0 = rollout.run()
-                with interruptible(problem):
-                    rewards = problem.final_rewards(x0, rollout.rows)
-            except Interrupted:
-                if latents is not None:
-                    break
-                if rollout.estimate is None:  # not one sample is finished: the first estimate is the best so far
-                    raise
-                return finished(problem, rollout.estimate[: problem.count], trace)
-            if rewards is None:
-                return finished(problem, x0, trace)
-            table = rewards.view(len(candidates), -1)
-            for row, found in zip(going.tolist(), table.T.tolist(), strict=True):
-                scores[row] += found
-            top, index = table.max(0)
-            better = top > best[going]
-            winners = x0.view(*table.shape, *x0.shape[1:])[index, torch.arange(len(going))]
-            latents = winners if latents is None else latents
-            latents[going[better]] = winners[better]
-            best[going[better]] = top[better]
-            chosen[going[better]] = torch.tensor(candidates)[index[better]]
+            require(self, task)
+
+    def solve(self, task: Task) -> Solution:
+        """Cost per image: N times an unguided sample and its final score, or fewer with `accept`."""
+        best, going = Winners(task), task.rows
+        for candidates in self._batches(task):
+            for step in trajectories(task.denoiser, task.streams, self.transition, candidates, going):
+                estimate = best.shown(step.estimate[:: len(candidates)], going)
+                yield Info(step.level, estimate, so_far=best.result if best.found else None)
+            scores = task.final_scores(step.next, going.repeat_interleave(len(candidates)))
+            if scores is None:
+                return Result(step.next)
+            best.see(step.next, scores.view(len(going), -1), going, candidates)
             if self.accept is not None:
-                going = going[best[going] < self.accept]
+                going = going[best.rewards[going] < self.accept]
             if not len(going):
                 break
-        assert latents is not None
-        trace["candidates"] = {"rewards": scores, "chosen": chosen.tolist()}
-        return finished(problem, latents, trace, best)
+            yield Info(task.steps, best.latents, so_far=best.result, silent=True)
+        return best.result()
 
-    def _batches(self, problem: Problem) -> list[list[int]]:
-        """Candidates in batches of at most `batch_rows` latents, as many as the budget reaches for.
+    def _batches(self, task: Task) -> list[list[int]]:
+        """Candidates in batches of at most `batch_rows` latents.
 
         Candidate 0 runs alone: it is then the unguided sample to the last bit, which a larger batch would round otherwise.
         """
-        count = problem.affordable(self.candidates, 0)
-        size = 1 if self.accept is not None else max(1, self.batch_rows // problem.count)
-        return [[0], *(list(range(start, min(start + size, count))) for start in range(1, count, size))]
+        size = 1 if self.accept is not None else max(1, self.batch_rows // task.count)
+        starts = range(1, self.candidates, size)
+        return [[0], *(list(range(start, min(start + size, self.candidates))) for start in starts)]
+
+
+class Winners:
+    """The best finished sample of every prompt so far, and the scores of all."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.rewards = torch.full((task.count,), -torch.inf, dtype=torch.float64)
+        self.chosen = torch.zeros_like(task.rows)
+        self.latents = torch.empty(0)
+        self.scores: list[list[float]] = [[] for _ in range(task.count)]
+
+    @property
+    def found(self) -> bool:
+        """Whether every prompt has a finished sample."""
+        return all(self.scores)
+
+    def shown(self, estimate: Tensor, rows: Tensor) -> Tensor:
+        """Estimates [B, ...] for every prompt, of which `rows` [P] have new ones."""
+        if len(rows) == self.task.count:
+            return estimate
+        shown = self.latents.clone()
+        shown[rows] = estimate.to(shown)
+        return shown
+
+    def see(self, x0: Tensor, scores: Tensor, rows: Tensor, candidates: list[int]) -> Tensor:
+        """Finished samples [P * K, ...] of candidates [K] of prompts `rows` [P], and their scores [P, K].
+
+        Returns which prompts [P] have a new best one.
+        """
+        for row, found in zip(rows.tolist(), scores.tolist(), strict=True):
+            self.scores[row] += found
+        top, index = scores.max(1)
+        better = top > self.rewards[rows]
+        winners = x0[torch.arange(len(rows)) * len(candidates) + index]
+        if not len(self.latents):
+            self.latents = winners.clone()
+        improved = rows[better]
+        self.latents[improved] = winners[better]
+        self.rewards[improved] = top[better]
+        self.chosen[improved] = torch.tensor(candidates)[index[better]]
+        return better
+
+    def result(self) -> Result:
+        """The best of every prompt."""
+        candidates = {"rewards": self.scores, "chosen": self.chosen.tolist()}
+        return Result(self.latents, self.rewards, sections={"candidates": candidates})

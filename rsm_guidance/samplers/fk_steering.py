@@ -7,42 +7,27 @@ its values V_t = V(x_t), and prompts whose effective sample size has fallen are 
 - `max`: log G_t = max over s <= t of phi_s;    `sum`: log G_t = sum over s <= t of phi_s.
 
 The last potential is r(x0) / lambda minus all earlier ones, so that the product is exp(r(x0) / lambda) for every choice, and the
-weighted particles target p(x0) exp(r(x0) / lambda) / Z exactly as K grows, whatever the values are; good values only lower
-the variance.  gamma_t in [0, 1] tempers the early, unreliable values; `adaptive` raises it per prompt as far as the
-effective sample size allows (bisection), which biases Z by its dependence on the particles, at order 1/K.
-
-Systematic resampling by these masses at every level (threshold 1) is VASR (arXiv 2604.06779): its mass w_t exp(r_t), with
-weights carried relative to it, is the `difference` potential in other words.
-
-Unlike the published code, weights are carried when no resampling is due, are never clamped, and count at the last step.
+weighted particles target p(x0) exp(r(x0) / lambda) / Z exactly as K grows; good values only lower the variance.  gamma_t in
+[0, 1] tempers the early, unreliable values; `adaptive` raises it per prompt as far as the effective sample size allows
+(`tempering`).  Resampling at every level (threshold 1) is VASR (arXiv 2604.06779).  Unlike the published code, weights are
+carried when no resampling is due, are never clamped, and count at the last step.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from rsm_guidance.core.resampling import SCHEMES, Scheme
-from rsm_guidance.core.schedule import NoiseSchedule, Prediction
-from rsm_guidance.core.transitions import Transition
-from rsm_guidance.core.weights import effective_sample_size
-from rsm_guidance.samplers.base import (
-    Interrupted,
-    Problem,
-    SamplerOutput,
-    check_deadline,
-    finished,
-    interruptible,
-    new_trace,
-)
-from rsm_guidance.samplers.particles import Particles, conclude
-
-_BISECTIONS = 40
+from rsm_guidance.core.schedule import NoiseSchedule
+from rsm_guidance.core.transitions import CPS, Transition
+from rsm_guidance.samplers import kernel, population, tempering
+from rsm_guidance.samplers.kernel import Info, Kernel, Result, State
+from rsm_guidance.samplers.task import Task
 
 
 @dataclass(frozen=True)
-class FKSteering:
+class FKSteering(Kernel):
     """Feynman-Kac steering.
 
     Attributes:
@@ -60,7 +45,7 @@ class FKSteering:
     """
 
     name: ClassVar[str] = "fk-steering"
-    scales: ClassVar[str | None] = "particles"
+    budget_field: ClassVar[str | None] = "particles"
     particles: int = 4
     temperature: float = 1.0
     potential: Literal["difference", "max", "sum"] = "difference"
@@ -70,117 +55,51 @@ class FKSteering:
     resampling: Scheme = "systematic"
     interval: int = 2
     window: tuple[float, float] = (0.0, 1.0)
-    transition: Transition = Transition("cps", 0.9)
+    transition: Transition = CPS(0.9)
     returned: Literal["best", "sample"] = "best"
 
     def __post_init__(self) -> None:
-        for name in ("particles", "interval"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        for name in ("temperature", "power"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be positive and finite; got {getattr(self, name)}")
-        if not 0 < self.threshold <= 1:
-            raise ValueError(f"threshold is a share of the particles, in (0, 1]; got {self.threshold}")
-        if not 0 <= self.window[0] < self.window[1] <= 1:
-            raise ValueError(f"window must be (low, high) with 0 <= low < high <= 1; got {self.window}")
-        for name, known in (
-            ("potential", ("difference", "max", "sum")),
-            ("tempering", ("none", "polynomial", "adaptive")),
-            ("resampling", tuple(SCHEMES)),
-            ("returned", ("best", "sample")),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
-        if not self.transition.stochastic and self.particles > 1:
-            raise ValueError(
-                "particles need a stochastic transition (ddim, cps, flow_sde, glass): copies would stay copies"
-            )
+        kernel.at_least(self, 1, "particles", "interval")
+        kernel.finite(self, "temperature", "power", positive=True)
+        kernel.share(self, "threshold")
+        kernel.check_window(self.window)
+        kernel.one_of(self, potential=("difference", "max", "sum"), tempering=("none", "polynomial", "adaptive"))
+        kernel.one_of(self, resampling=tuple(SCHEMES), returned=("best", "sample"))
+        population.require_stochastic(self.transition, self.particles)
 
-    def sample(self, problem: Problem) -> SamplerOutput:
-        """Cost per image: K times an unguided sample, and K value evaluations at each weighed level (free of denoiser
-        evaluations where the value reads the prediction, which the next step needs anyway).
-
-        A budget lowers K.  At the deadline or on Ctrl-C the estimate of the heaviest particle is returned.
-        """
+    def check(self, task: Task) -> None:
         if self.particles > 1:
-            problem.require_judge(self.name)
-        problem.require_budget()
-        schedule = problem.denoiser.schedule
-        levels = self._weighed(schedule)
-        trace = new_trace(self, problem)
-        k = problem.affordable(self.particles, len(levels))
-        starts = [problem.initial(c) for c in range(k)]
-        group = Particles(problem, k, starts[0] if k == 1 else torch.cat(starts))
-        slots = list(range(k))
-        zero = torch.zeros(problem.count, k, dtype=torch.float64)
-        group.carried = {"potentials": zero, "running": zero - torch.inf if self.potential == "max" else zero}
-        gamma = torch.zeros(problem.count, dtype=torch.float64)
-        estimate: Tensor | None = None
-        known: Prediction | None = None
-        try:
-            with interruptible(problem):
-                for level, target in self.transition.jumps(schedule):
-                    check_deadline(problem)
-                    prediction, group.latents = problem.advance(
-                        group.latents, group.rows, (level, target), self.transition, slots, known
-                    )
-                    estimate, scores, known = prediction.x0, None, None
-                    if target in levels and k > 1:
-                        values, known = problem.scored(group.latents, target, group.rows)
-                        scores = group.table(values)
-                        gamma = self._temper(group, scores, gamma, target / schedule.steps)
-                        self._weigh(group, gamma[:, None] * scores / self.temperature)
-                        moved = group.resample(target, self.resampling, self.threshold, trace)
-                        if moved is not None:
-                            estimate, known = estimate[moved], None if known is None else known.pick(moved)
-                        trace["levels"][-1]["scores"] = scores.tolist()
-                    problem.report(level, estimate, scores)
-                rewards = problem.final_rewards(group.latents, group.rows)
-        except Interrupted:
-            if estimate is None:
-                raise
-            heaviest = group.log_weights.argmax(1)
-            group.latents = estimate
-            return finished(problem, group.pick(heaviest[:, None]), trace)
+            kernel.require(self, task)
+
+    def init(self, task: Task) -> State:
+        """Cost per image: K unguided samples, and K values at each weighed level (free where they read predictions)."""
+        zero = torch.zeros(task.count, self.particles, dtype=torch.float64)
+        running = zero - torch.inf if self.potential == "max" else zero
+        carried = {"potentials": zero, "running": running, "gamma": zero}
+        return population.particles(task, task.initial(*range(self.particles)), self.particles, **carried)
+
+    def step(self, task: Task, state: State, jump: tuple[int, int]) -> tuple[State, Info]:
+        level, target = jump
+        state, info = self.unguided(task, state, jump)
+        if state.k == 1 or target not in self.weighed(task.schedule):
+            return state, info
+        values, known = task.score(state.x, target, task.rows_of(state.k))
+        scores = kernel.table(values, state.k)
+        gamma = tempering.gamma(self, state, scores / self.temperature, target / task.steps)
+        increment = tempering.increment(self, state, gamma * scores / self.temperature)
+        carried = {"potentials": state.carried["potentials"] + increment, "running": increment, "gamma": gamma}
+        state = replace(population.reweighted(state, increment), prediction=known, carried=carried)
+        state, record = population.resampled(task, state, target, self.resampling, self.threshold)
+        return state, Info(level, population.heaviest(state), scores, target, record)
+
+    def finish(self, task: Task, state: State) -> Result:
+        rewards = population.final_table(task, state)
         if rewards is None:
-            return finished(problem, group.latents, trace)
-        table = group.table(rewards)
-        group.reweight(table / self.temperature - group.carried["potentials"])
-        return conclude(group, table, self.returned, trace)
+            return Result(state.x)
+        state = population.reweighted(state, rewards / self.temperature - state.carried["potentials"])
+        return population.concluded(task, state, rewards, self.returned)
 
-    def _weighed(self, schedule: NoiseSchedule) -> list[int]:
+    def weighed(self, schedule: NoiseSchedule) -> list[int]:
         """The levels at which particles are weighed: every `interval`-th stop before the end, inside the window."""
-        low, high = self.window
         stops = [level for level, _ in self.transition.jumps(schedule)[:0:-1]][self.interval - 1 :: self.interval]
-        return [i for i in stops if low <= float(schedule.sigma[i] / schedule.sigma[0]) <= high]
-
-    def _temper(self, group: Particles, scores: Tensor, gamma: Tensor, progress: float) -> Tensor:
-        """gamma [B] of this level."""
-        if self.tempering == "none":
-            return torch.ones_like(gamma)
-        if self.tempering == "polynomial":
-            return torch.full_like(gamma, progress**self.power)
-        low, high = gamma.clone(), torch.ones_like(gamma)
-        for _ in range(_BISECTIONS):
-            middle = (low + high) / 2
-            trial = group.log_weights + self._increment(group, middle[:, None] * scores / self.temperature)
-            enough = effective_sample_size(trial) >= self.threshold * group.count
-            low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-        trial = group.log_weights + self._increment(group, scores / self.temperature)
-        return torch.where(effective_sample_size(trial) >= self.threshold * group.count, 1.0, low)
-
-    def _increment(self, group: Particles, phi: Tensor) -> Tensor:
-        """log G_t [B, K] of the values phi."""
-        if self.potential == "difference":
-            return phi - group.carried["potentials"]
-        if self.potential == "max":
-            return torch.maximum(group.carried["running"], phi)
-        return group.carried["running"] + phi
-
-    def _weigh(self, group: Particles, phi: Tensor) -> None:
-        increment = self._increment(group, phi)
-        group.reweight(increment)
-        if self.potential != "difference":
-            group.carried["running"] = increment
-        group.carried["potentials"] = group.carried["potentials"] + increment
+        return [level for level in stops if kernel.in_window(self.window, schedule, level)]

@@ -1,6 +1,6 @@
 """LiDAR: guidance by lookahead samples, without backpropagation (arXiv 2602.03211).
 
-K few-step samples x0^k of the prompt are drawn once and judged, r_k.  They stand for the data: seen from x_t = alpha x0 +
+K few-step samples x0^k of the prompt are drawn once and scored, r_k.  They stand for the data: seen from x_t = alpha x0 +
 sigma eps, sample k has weight w_k = softmax(-|x_t - alpha x0^k|^2 / (2 sigma^2)), and under the tilted law
 w^r_k = softmax(the same + r_k / lambda).  The posterior mean moves by their difference,
 
@@ -13,7 +13,7 @@ Rewards are standardised per prompt unless `standardize` is off (ours: `temperat
 whatever the reward's units).
 """
 
-from collections.abc import Callable
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,20 +22,16 @@ from torch import Tensor
 
 from rsm_guidance.core.rows import per_row
 from rsm_guidance.core.schedule import Prediction
-from rsm_guidance.core.transitions import Transition, ode
-from rsm_guidance.samplers.base import (
-    Interrupted,
-    Problem,
-    SamplerOutput,
-    check_deadline,
-    finished,
-    interruptible,
-    new_trace,
-)
+from rsm_guidance.core.transitions import CPS, ODE, GaussianTransition, require_gaussian
+from rsm_guidance.samplers import kernel
+from rsm_guidance.samplers.kernel import Info, Result, Solution, Sampler, first_of, table
+from rsm_guidance.samplers.task import Task
+
+_EXACT = ODE()
 
 
 @dataclass(frozen=True)
-class Lidar:
+class Lidar(Sampler):
     """Guidance towards good lookahead samples.
 
     Attributes:
@@ -49,92 +45,67 @@ class Lidar:
     """
 
     name: ClassVar[str] = "lidar"
-    scales: ClassVar[str | None] = "candidates"
+    budget_field: ClassVar[str | None] = "candidates"
     candidates: int = 8
     lookahead_steps: int = 5
     strength: float = 8.0
     temperature: float = 0.002
     standardize: bool = True
     window: tuple[float, float] = (0.6, 1.0)
-    transition: Transition = Transition("cps", 0.9)
+    transition: GaussianTransition = CPS(0.9)
 
     def __post_init__(self) -> None:
-        for name in ("candidates", "lookahead_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if not 0 <= self.strength < float("inf"):
-            raise ValueError(f"strength must be finite and at least 0; got {self.strength}")
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature must be positive and finite; got {self.temperature}")
-        if not 0 <= self.window[0] < self.window[1] <= 1:
-            raise ValueError(f"window must be (low, high) with 0 <= low < high <= 1; got {self.window}")
-        if self.transition.kind in ("scheduler", "glass"):
-            raise ValueError(
-                f"the transition {self.transition.kind!r} cannot be guided; choose ode, ddim, cps or flow_sde"
-            )
+        kernel.at_least(self, 1, "candidates", "lookahead_steps")
+        kernel.finite(self, "strength")
+        kernel.finite(self, "temperature", positive=True)
+        kernel.check_window(self.window)
+        require_gaussian(self.transition, "predictions are guided level by level")
 
-    def sample(self, problem: Problem) -> SamplerOutput:
-        """Cost per image: an unguided sample, and K times `lookahead_steps` denoiser evaluations and a final score.
-
-        A budget lowers K.
-        """
+    def check(self, task: Task) -> None:
         if self.candidates > 1:
-            problem.require_judge(self.name)
-        problem.require_budget()
-        schedule, trace = problem.denoiser.schedule, new_trace(self, problem)
-        x = problem.initial(0)
-        estimate: Tensor | None = None
+            kernel.require(self, task)
+
+    def solve(self, task: Task) -> Solution:
+        """Cost per image: an unguided sample, and K times `lookahead_steps` denoiser evaluations and a final score."""
         samples = weights = None
+        sections = {}
+        if self.candidates > 1:
+            samples, rewards = yield from self._look(task)
+            sections["lookahead"] = {"rewards": rewards.tolist()}
+            weights = (rewards - rewards.mean(1, keepdim=True)) / self.temperature
+            if self.standardize:
+                weights = weights / rewards.std(1, keepdim=True).clamp(min=1e-12)
+        x = task.initial(0)
+        for jump in self.transition.jumps(task.schedule):
+            prediction = task.predict(x, jump[0])
+            if samples is not None and weights is not None and self._guides(task, jump[0]):
+                prediction = self.guided(prediction, samples, weights, *task.schedule.coefficients(jump[0]))
+            x = task.step(self.transition, prediction, jump).next
+            yield Info(jump[0], prediction.x0)
+        return Result(x, sections=sections)
 
-        def note(x0: Tensor) -> None:
-            nonlocal estimate
-            estimate = x0[: problem.count]
+    def _guides(self, task: Task, level: int) -> bool:
+        return self.strength > 0 and kernel.in_window(self.window, task.schedule, level)
 
-        try:
-            with interruptible(problem):
-                k = problem.most(self.candidates, lambda k: self._cost(problem, k))
-                if k > 1:
-                    samples, rewards = self._look(problem, k, note)
-                    trace["lookahead"] = {"rewards": rewards.tolist()}
-                    weights = (rewards - rewards.mean(1, keepdim=True)) / self.temperature
-                    if self.standardize:
-                        weights = weights / rewards.std(1, keepdim=True).clamp(min=1e-12)
-                for level in range(schedule.steps):
-                    check_deadline(problem)
-                    prediction = problem.denoiser.predict(x, level)
-                    if samples is not None and weights is not None and self._guides(problem, level):
-                        prediction = self._guided(prediction, samples, weights, *schedule.coefficients(level))
-                    estimate = prediction.x0
-                    x = problem.step(self.transition(prediction, schedule, level, level + 1), level, [0])
-                    problem.report(level, estimate)
-        except Interrupted:
-            if estimate is None:
-                raise
-            return finished(problem, estimate, trace)
-        return finished(problem, x, trace)
-
-    def _guides(self, problem: Problem, level: int) -> bool:
-        sigma = problem.denoiser.schedule.sigma
-        return self.strength > 0 and self.window[0] <= float(sigma[level] / sigma[0]) <= self.window[1]
-
-    def _look(self, problem: Problem, k: int, note: Callable[[Tensor], None]) -> tuple[Tensor, Tensor]:
-        """Lookahead samples [B, K, ...] and their rewards float64 [B, K]; `note` is told of estimates on the way."""
-        schedule, rows = problem.denoiser.schedule, problem.rows.repeat(k)
-        stops = torch.linspace(0, schedule.steps, min(self.lookahead_steps, schedule.steps) + 1).round().long().tolist()
-        x = torch.cat([problem.initial(c + 1) for c in range(k)])
+    def _look(self, task: Task) -> Generator[Info, None, tuple[Tensor, Tensor]]:
+        """Lookahead samples [B, K, ...] and their rewards float64 [B, K]."""
+        k, schedule, rows = self.candidates, task.schedule, task.rows_of(self.candidates)
+        count = min(self.lookahead_steps, schedule.steps)
+        stops = torch.linspace(0, schedule.steps, count + 1).round().long().tolist()
+        x = task.initial(*range(1, k + 1))
         for level, target in zip(stops[:-1], stops[1:], strict=True):
-            check_deadline(problem)
-            prediction = problem.denoiser.predict(x, level, rows)
-            note(prediction.x0)
-            x = prediction.x0 if target == schedule.steps else ode(prediction, schedule, level, target).mean
-        rewards = problem.final_rewards(x, rows)
+            prediction = task.predict(x, level, rows)
+            x = prediction.x0 if target == schedule.steps else _EXACT(prediction, schedule, level, target).center
+            yield Info(level, first_of(prediction.x0, k), silent=True)
+        rewards = task.final_scores(x, rows)
         assert rewards is not None
-        return x.view(k, problem.count, *x.shape[1:]).transpose(0, 1), rewards.view(k, problem.count).T
+        return x.unflatten(0, (task.count, k)), table(rewards, k)
 
-    def _guided(self, p: Prediction, samples: Tensor, weights: Tensor, alpha: float, sigma: float) -> Prediction:
+    def guided(self, p: Prediction, samples: Tensor, weights: Tensor, alpha: float, sigma: float) -> Prediction:
+        """The prediction [B, ...] moved towards good samples [B, K, ...] with log-weights [B, K]."""
         distance = (p.x.unsqueeze(1) - alpha * samples).flatten(2).double().square().sum(2)
         seen = -distance / (2 * sigma**2)
-        moved = (seen + weights).softmax(1) - seen.softmax(1)
+        moved = (seen + weights.to(seen)).softmax(1) - seen.softmax(1)
         still = (moved == 0).all(1)  # nothing to choose: the unguided step, bit for bit
         shift = torch.einsum("bk,bk...->b...", moved.to(samples), samples)
         x0 = p.x0 + self.strength * shift
@@ -145,9 +116,3 @@ class Lidar:
             x0, eps = torch.where(at, p.x0, x0), torch.where(at, p.eps, eps)
             velocity = None if velocity is None or p.velocity is None else torch.where(at, p.velocity, velocity)
         return Prediction(p.x, x0, eps, velocity)
-
-    def _cost(self, problem: Problem, k: int) -> tuple[float, int]:
-        """Denoiser evaluations and reward calls of one image with k lookahead samples."""
-        denoiser = problem.denoiser
-        levels = k * min(self.lookahead_steps, denoiser.steps) + denoiser.steps
-        return levels * denoiser.evaluations_per_row + (k + 1) * problem.final_cost, (k + 1) * problem.final_calls

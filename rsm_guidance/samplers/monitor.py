@@ -1,18 +1,19 @@
-"""A held-out reward that watches a run: reported beside the guide, and a reason to stop where the two part.
+"""A gold (held-out) reward that watches a run: reported beside the proxy that guides, and a reason to stop where they part.
 
-Whenever a sampler judges finished images, the monitor sees them, too.  Per image asked for it follows the best one so far
-by the guide.  While the guide's best rises and the monitor's verdict of it does not, the run is over-optimising: after
-`patience` such rises in a row a row counts as done, and when all rows are done the run stops and returns its best so far.
-(The rule is ours.)
+Whenever a sampler scores finished images, the gold reward scores them, too.  Per image asked for it follows the best one so
+far by the proxy.  While the proxy's best rises and its gold score does not, the run is over-optimising: after `patience` such
+rises in a row a prompt counts as done, and when all are done the run stops and returns its best so far.  (The rule is ours.)
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rsm_guidance.core.contracts import Reward
-from rsm_guidance.rewards import judged, name_of
+from rsm_guidance.rewards import RowReward, as_reward, check_columns, scored
 
 
 @dataclass(frozen=True)
@@ -20,53 +21,61 @@ class Monitor:
     """What watches.
 
     Attributes:
-        reward: a function of images and prompts that the guide does not contain.
-        patience: rises of the guide without a rise of the monitor after which a row is done, >= 1; None never stops.
+        reward: a reward that the proxy does not contain.
+        patience: rises of the proxy without a rise of the gold reward after which a prompt is done, >= 1; None never stops.
     """
 
     reward: Reward
     patience: int | None = None
 
     def __post_init__(self) -> None:
-        if not callable(self.reward):
-            raise ValueError(
-                f"a monitor's reward is a function of images and prompts; got {type(self.reward).__name__}"
-            )
+        object.__setattr__(self, "reward", as_reward(self.reward))
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"patience must be at least 1; got {self.patience}")
 
 
 @dataclass
 class Watch:
-    """The state of a monitor over one run of B rows: the best so far by the guide, and what the monitor says of it."""
+    """The state of a monitor over one run: the best so far by the proxy [B], and its gold score [B].
+
+    Attributes:
+        monitor: what watches.
+        prompts: of the rows [B].
+        columns: what the gold reward requires besides, B entries each.
+        history: after every scoring, both of every row.
+    """
 
     monitor: Monitor
-    rows: int
-    guide: Tensor = field(init=False)
-    verdict: Tensor = field(init=False)
-    misses: Tensor = field(init=False)
+    prompts: Sequence[str]
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    proxy: Tensor = field(init=False)
+    gold: Tensor = field(init=False)
+    bad_rounds: Tensor = field(init=False)
     history: list[dict[str, list[float | None]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.guide = torch.full((self.rows,), -torch.inf, dtype=torch.float64)
-        self.verdict = self.guide.clone()
-        self.misses = torch.zeros(self.rows, dtype=torch.int64)
+        check_columns(self.monitor.reward, self.columns, len(self.prompts))
+        self.proxy = torch.full((len(self.prompts),), -torch.inf, dtype=torch.float64)
+        self.gold = self.proxy.clone()
+        self.bad_rounds = torch.zeros(len(self.prompts), dtype=torch.int64)
 
-    def see(self, images: Tensor, prompts: list[str], rows: Tensor, guide: Tensor) -> None:
-        """Finished images [R, ...] of some rows, and what the guide says of them [R]."""
-        reward = self.monitor.reward
-        verdicts = judged(lambda: reward(images, prompts), len(images), f"the monitor {name_of(reward)}")
-        for row, rewarded, seen in zip(rows.tolist(), guide.tolist(), verdicts.tolist(), strict=True):
-            if rewarded > self.guide[row]:
-                first = bool(self.guide[row].isinf())
-                better = first or seen > float(self.verdict[row])
-                self.misses[row] = 0 if better else self.misses[row] + 1
-                self.guide[row], self.verdict[row] = rewarded, seen
-        known = [None if v == -torch.inf else v for v in self.guide.tolist()]
-        self.history.append({"guide": known, "monitor": [None if k is None else v for k, v in zip(known, self.verdict.tolist(), strict=True)]})  # fmt: skip
+    def see(self, images: Tensor, rows: Tensor, proxy: Tensor) -> None:
+        """Finished images [R, ...] of some rows, and their scores [R] by the proxy."""
+        reward = RowReward(self.monitor.reward, self.prompts, self.columns)
+        gold = scored(lambda: reward(images, rows), len(images), f"the monitor {reward.name}")
+        for row, by_proxy, by_gold in zip(rows.tolist(), proxy.tolist(), gold.tolist(), strict=True):
+            if by_proxy > self.proxy[row]:
+                better = bool(self.proxy[row].isinf()) or by_gold > float(self.gold[row])
+                self.bad_rounds[row] = 0 if better else self.bad_rounds[row] + 1
+                self.proxy[row], self.gold[row] = by_proxy, by_gold
+        seen = self.proxy > -torch.inf
+        columns = {"guide": self.proxy, "monitor": self.gold}
+        self.history.append(
+            {n: [v if s else None for v, s in zip(c.tolist(), seen.tolist(), strict=True)] for n, c in columns.items()}
+        )
 
     @property
-    def parted(self) -> bool:
-        """Whether guide and monitor have parted in every row."""
+    def stopped(self) -> bool:
+        """Whether proxy and gold reward have parted for every prompt."""
         patience = self.monitor.patience
-        return patience is not None and bool((self.misses >= patience).all())
+        return patience is not None and bool((self.bad_rounds >= patience).all())

@@ -19,33 +19,28 @@ that the row has met, the prior's in units of sqrt(d), the sum is clipped to len
 """
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Generator
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from rsm_guidance.core.ledger import BACKWARD
 from rsm_guidance.core.noise_prior import chi_gradient, improbability_gradient
+from rsm_guidance.core.random import Purpose
 from rsm_guidance.core.rows import rows_where, scaled
 from rsm_guidance.core.schedule import Prediction
-from rsm_guidance.core.transitions import Transition
-from rsm_guidance.rewards import judged, name_of
-from rsm_guidance.samplers.base import (
-    Interrupted,
-    Problem,
-    SamplerOutput,
-    check_deadline,
-    finished,
-    interruptible,
-    new_trace,
-)
+from rsm_guidance.core.transitions import ODE, GaussianTransition, require_gaussian
+from rsm_guidance.rewards import scored
+from rsm_guidance.samplers import kernel
+from rsm_guidance.samplers.kernel import Info, Result, Solution, Sampler
+from rsm_guidance.samplers.task import Task
 
 _PERMUTATIONS = 8
 
 
 @dataclass(frozen=True)
-class NoiseOptimization:
+class NoiseOptimization(Sampler):
     """Climb the reward's gradient in the space of noises.
 
     Attributes:
@@ -62,7 +57,8 @@ class NoiseOptimization:
     """
 
     name: ClassVar[str] = "noise-optimization"
-    scales: ClassVar[str | None] = "iterations"
+    budget_field: ClassVar[str | None] = "iterations"
+    least: ClassVar[int] = 0
     iterations: int = 4
     learning_rate: float = 0.1
     what: Literal["initial", "all"] = "initial"
@@ -71,111 +67,85 @@ class NoiseOptimization:
     gradient: Literal["exact", "zeroth-order"] = "exact"
     perturbations: int = 16
     smoothing: float = 0.1
-    transition: Transition = Transition("ode")
+    transition: GaussianTransition = ODE()
     checkpoint: bool = True
 
     def __post_init__(self) -> None:
-        if self.iterations < 0 or self.perturbations < 1:
-            raise ValueError(
-                f"iterations must be at least 0 and perturbations at least 1; got {self.iterations}, {self.perturbations}"
-            )
-        for name in ("learning_rate", "smoothing"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive and finite; got {getattr(self, name)}")
-        if not 0 <= self.prior < math.inf or not 0 <= self.momentum < 1:
-            raise ValueError(f"prior must be at least 0 and momentum in [0, 1); got {self.prior}, {self.momentum}")
-        for name, known in (("what", ("initial", "all")), ("gradient", ("exact", "zeroth-order"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
-        if self.transition.kind in ("scheduler", "glass"):
-            raise ValueError(
-                f"no gradient goes back through the transition {self.transition.kind!r}; choose ode, ddim, cps or flow_sde"
-            )
+        kernel.at_least(self, 0, "iterations")
+        kernel.at_least(self, 1, "perturbations")
+        kernel.finite(self, "learning_rate", "smoothing", positive=True)
+        kernel.finite(self, "prior")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1); got {self.momentum}")
+        kernel.one_of(self, what=("initial", "all"), gradient=("exact", "zeroth-order"))
+        require_gaussian(self.transition, "the gradient goes back through single steps")
 
-    def sample(self, problem: Problem) -> SamplerOutput:
+    def check(self, task: Task) -> None:
+        if self.iterations:
+            kernel.require(self, task)
+
+    def solve(self, task: Task) -> Solution:
         """Cost per image: an unguided sample and its score, and as much again for every iteration, plus the way back: twice
         the run and the score, and with `checkpoint` all levels but the last once more.  A zeroth-order gradient takes
         2 `perturbations` rewards instead of the way back through the reward.
-
-        The budget, the deadline and Ctrl-C end the climb; the best image so far is returned.
         """
-        if self.iterations:
-            problem.require_judge(self.name)
-        problem.require_budget()
-        trace = new_trace(self, problem) | {"iterations": []}
-        climb = _Climb(self, problem)
-        try:
-            with interruptible(problem):
-                for iteration in range(self.iterations + 1):
-                    further = iteration < self.iterations and climb.affordable()
-                    climb.evaluate(further)
-                    if not further:
-                        break
-                    trace["iterations"].append(climb.ascend(iteration))
-        except Interrupted:
-            if climb.best is None:
-                if climb.estimate is None:
-                    raise
-                return finished(problem, climb.estimate, trace)
-        assert climb.best is not None
-        if climb.history:
-            table = torch.stack(climb.history, 1)
-            trace["candidates"] = {"rewards": table.tolist(), "chosen": climb.chosen.tolist()}
-        return finished(problem, climb.best, trace, climb.rewards)
+        climb = Climb(self, task)
+        for iteration in range(self.iterations + 1):
+            further = iteration < self.iterations
+            yield from climb.evaluate(further)
+            if further:
+                record = yield from climb.ascend(iteration)
+                assert climb.best is not None
+                yield Info(
+                    task.steps, climb.best, record=record, section="iterations", so_far=climb.result, silent=True
+                )
+        return climb.result()
 
 
-class _Climb:
+class Climb:
     """The noises of all rows, the run they lead to, and the best image so far."""
 
-    def __init__(self, config: NoiseOptimization, problem: Problem) -> None:
-        self.config, self.problem = config, problem
-        schedule = problem.denoiser.schedule
+    def __init__(self, config: NoiseOptimization, task: Task) -> None:
+        self.config, self.task = config, task
+        schedule = task.schedule
         self.schedule, self.last = schedule, schedule.steps - 1
-        start = problem.initial(0).detach()
-        names = [("step", 0, level, 0) for level in range(self.last if config.transition.stochastic else 0)]
-        drawn = [[problem.streams.normal(r, start.shape[1:], *name) for r in range(problem.count)] for name in names]
-        self.noises = [start, *(torch.stack(rows).to(start) for rows in drawn)]
+        start = task.initial(0).detach()
+        levels = range(self.last if config.transition.stochastic else 0)
+        drawn = [task.noise(task.rows, start.shape[1:], level, [0] * task.count) for level in levels]
+        self.noises = [start, *(noise.to(start) for noise in drawn)]
         self.free = len(self.noises) if config.what == "all" else 1
         # A start is noise of this size, with what little of an image it may hold.
         self.scales = [math.hypot(*schedule.coefficients(0))] + [1.0] * (self.free - 1)
         self.velocity = [torch.zeros_like(z) for z in self.noises[: self.free]]
         self.dimension = sum(z[0].numel() for z in self.velocity)
-        self.rate = torch.full((problem.count,), config.learning_rate, dtype=torch.float64)
-        self.largest = torch.zeros(problem.count, dtype=torch.float64)
-        self.estimate: Tensor | None = None
+        self.rate = torch.full((task.count,), config.learning_rate, dtype=torch.float64)
+        self.largest = torch.zeros(task.count, dtype=torch.float64)
         self.best: Tensor | None = None
         self.rewards: Tensor | None = None
-        self.chosen = torch.zeros(problem.count, dtype=torch.int64)
+        self.chosen = torch.zeros(task.count, dtype=torch.int64)
         self.history: list[Tensor] = []
         self.settled = [z.clone() for z in self.noises[: self.free]]  # where the last finite gradient was taken
 
-    def affordable(self) -> bool:
-        """Whether the budget reaches for the pending run, the way back and another run."""
-        problem, config = self.problem, self.config
-        run = problem.denoiser.steps * problem.denoiser.evaluations_per_row
-        again = run - problem.denoiser.evaluations_per_row if config.checkpoint else 0.0
-        cost, calls = 2 * (run + problem.final_cost) + again + BACKWARD * run, 2 * problem.final_calls
-        if config.gradient == "exact":
-            cost += BACKWARD * problem.final_cost
-        else:
-            cost += 2 * config.perturbations * problem.final_cost
-            calls += 2 * config.perturbations * problem.final_calls
-        return problem.affords(cost * problem.count, calls * problem.count)
+    def result(self) -> Result:
+        """The best so far."""
+        assert self.best is not None
+        if not self.history:
+            return Result(self.best, self.rewards)
+        candidates = {"rewards": torch.stack(self.history, 1).tolist(), "chosen": self.chosen.tolist()}
+        return Result(self.best, self.rewards, sections={"candidates": candidates})
 
     # --- the run and its reward ---
 
-    def evaluate(self, further: bool) -> None:
-        """Run from the noises and judge the result; `further` prepares the way back."""
+    def evaluate(self, further: bool) -> Generator[Info, None, None]:
+        """Run from the noises and score the result; `further` prepares the way back."""
         self.tape: list[tuple[list[Tensor], Tensor | None]] = []
         x = self.noises[0]
         for level in range(self.last + 1):
-            check_deadline(self.problem)
             kept = further and (level == self.last or not self.config.checkpoint)
             with torch.set_grad_enabled(kept):
                 leaves = self._leaves(x, level, kept)
                 prediction, out = self._step(leaves, level)
-            self.estimate = prediction.x0.detach()
-            self.problem.report(level, self.estimate)
+            yield Info(level, prediction.x0.detach(), so_far=None if self.best is None else self.result)
             self.tape.append((leaves, out if kept else None))
             x = out.detach()
         finite = x.flatten(1).isfinite().all(1)
@@ -185,7 +155,7 @@ class _Climb:
         exact = further and self.config.gradient == "exact"
         with torch.set_grad_enabled(exact):
             self.x0 = x.requires_grad_(exact)
-            rewards = self._judge(self.x0, exact)
+            rewards = self._score(self.x0, exact)
         x = x.detach()
         self._keep_best(x, rewards)
 
@@ -196,38 +166,32 @@ class _Climb:
         return [leaf.detach().requires_grad_() if kept and f else leaf for leaf, f in zip(leaves, free, strict=False)]
 
     def _step(self, leaves: list[Tensor], level: int) -> tuple[Prediction, Tensor]:
-        prediction = self.problem.denoiser.predict(leaves[0], level, self.problem.rows)
+        prediction = self.task.predict(leaves[0], level)
         gaussian = self.config.transition(prediction, self.schedule, level, level + 1)
-        return prediction, gaussian.mean if gaussian.std == 0 else gaussian.sample(leaves[1])
+        return prediction, gaussian.center if gaussian.std == 0 else gaussian.sample(leaves[1])
 
-    def _judge(self, x0: Tensor, exact: bool) -> Tensor | None:
+    def _score(self, x0: Tensor, exact: bool) -> Tensor | None:
         """Rewards [B] of clean latents; with `exact` their graph is kept in `total`."""
-        problem = self.problem
+        task = self.task
         if not exact:
-            return problem.final_rewards(x0, problem.rows)
+            return task.final_scores(x0, task.rows)
         graph: list[Tensor] = []
-        images: Tensor | None = None
+        images = None if task.reward is None else task.denoiser.decode(x0, task.rows)
 
-        def judge() -> Tensor:
-            nonlocal images
-            if problem.reward is not None:
-                problem.ledger.reward_calls += len(x0)
-                images = problem.denoiser.decode(x0, problem.rows)
-                graph.append(problem.reward(images, problem.denoiser.prompts))
-            else:
-                assert problem.value is not None
-                graph.append(problem.value(x0, problem.denoiser.steps, problem.rows))
+        def call() -> Tensor:
+            by_reward = images is not None
+            graph.append(task.reward(images, task.rows) if by_reward else task.value(x0, task.steps, task.rows))
             return graph[0]
 
-        name = name_of(problem.reward or problem.value)
-        checked = judged(judge, len(x0), name)
+        name = task.name_of_score()
+        checked = scored(call, len(x0), name)
         self.total = torch.as_tensor(graph[0]).sum()
         if not self.total.requires_grad:
             raise ValueError(
                 f"{name} is not differentiable: its scores carry no gradient; use gradient='zeroth-order', or a sampler "
                 "without gradients (noise-search, best-of-n)"
             )
-        problem.show(x0.detach(), problem.rows, checked.detach(), images)
+        task.show(x0.detach(), task.rows, checked.detach(), None if images is None else images.detach())
         return checked
 
     def _keep_best(self, x: Tensor, rewards: Tensor | None) -> None:
@@ -243,9 +207,9 @@ class _Climb:
 
     # --- the way back ---
 
-    def ascend(self, iteration: int) -> dict[str, Any]:
+    def ascend(self, iteration: int) -> Generator[Info, None, dict[str, Any]]:
         """Move the noises up the gradient; returns what the trace says of it."""
-        gradients = self._gradients(iteration)
+        gradients = yield from self.gradients(iteration)
         norms = _norm(gradients)
         good = norms.isfinite() & ~self.broken.cpu()
         self.largest = torch.maximum(self.largest, torch.where(good, norms, 0.0))
@@ -267,17 +231,18 @@ class _Climb:
             self.velocity[i] = rows_where(good, momentum.to(noise), torch.zeros_like(noise))
         return {"gradient_norm": [n if math.isfinite(n) else None for n in norms.tolist()], "rate": self.rate.tolist()}
 
-    def _gradients(self, iteration: int) -> list[Tensor]:
+    def gradients(self, iteration: int) -> Generator[Info, None, list[Tensor]]:
         """Gradients of the reward with respect to the noises, per unit of noise."""
         if self.config.gradient == "exact":
             (upper,) = torch.autograd.grad(self.total, self.x0)
-            self.problem.ledger.charge_backward(len(self.x0), self.problem.final_cost)
+            self.task.ledger.charge_backward(len(self.x0), self.task.final_cost)
         else:
             upper = self._estimated(iteration)
-        cost = self.problem.denoiser.evaluations_per_row
+        cost = self.task.denoiser.evaluations_per_row
         gradients = [torch.zeros_like(z) for z in self.velocity]
         for level in range(self.last, -1, -1):
-            check_deadline(self.problem)
+            assert self.best is not None
+            yield Info(self.task.steps, self.best, so_far=self.result, silent=True)
             leaves, out = self.tape.pop()
             if out is None:
                 with torch.enable_grad():
@@ -285,7 +250,7 @@ class _Climb:
                     out = self._step(leaves, level)[1]
             wanted = [leaf for leaf in leaves if leaf.requires_grad]
             below = torch.autograd.grad(out, wanted, upper.to(out), allow_unused=True)
-            self.problem.ledger.charge_backward(len(upper), cost)
+            self.task.ledger.charge_backward(len(upper), cost)
             if len(wanted) > 1 and below[1] is not None:
                 gradients[level + 1] = below[1]
             upper = below[0]
@@ -294,16 +259,15 @@ class _Climb:
 
     def _estimated(self, iteration: int) -> Tensor:
         """The gradient at the clean latents [B, ...] from pairs of rewards around them."""
-        problem, x0 = self.problem, self.x0
+        task, x0 = self.task, self.x0
         pairs = range(self.config.perturbations)
-        names = [("perturb", iteration, j) for j in pairs]
-        drawn = [problem.streams.normal(r, x0.shape[1:], *name) for name in names for r in range(problem.count)]
-        u = torch.stack(drawn).to(x0).view(len(pairs), *x0.shape)
+        names = [(Purpose.PERTURB, iteration, j) for j in pairs]
+        drawn = [task.named_noise(task.rows, x0.shape[1:], [name] * task.count) for name in names]
+        u = torch.stack(drawn).to(x0)
         size = self.config.smoothing * x0.flatten(1).double().square().mean(1).sqrt().clamp(min=1e-6)
         shift = scaled(u.transpose(0, 1), size).transpose(0, 1).to(x0)
         points = torch.cat([(x0 + shift).flatten(0, 1), (x0 - shift).flatten(0, 1)])
-        unwatched = replace(problem, watch=None)  # these points are no results
-        rewards = unwatched.final_rewards(points, problem.rows.repeat(2 * len(pairs)))
+        rewards = task.unwatched.final_scores(points, task.rows.repeat(2 * len(pairs)))  # these points are no results
         assert rewards is not None
         up, down = rewards.view(2, len(pairs), len(x0))
         slope = ((up - down).to(size) / (2 * size)).to(x0)
@@ -315,7 +279,7 @@ class _Climb:
         flat = torch.cat([z.flatten(1) for z in units], 1)
         if self.config.what == "initial":
             return [chi_gradient(flat).view_as(units[0])]
-        streams = [self.problem.streams.generator(r, "permute", iteration) for r in range(self.problem.count)]
+        streams = [self.task.streams.generator(r, Purpose.PERMUTE, iteration) for r in range(self.task.count)]
         orders = [[torch.randperm(self.dimension, generator=g) for g in streams] for _ in range(_PERMUTATIONS)]
         gradient = improbability_gradient(flat, torch.stack([torch.stack(o) for o in orders]).to(flat.device))
         sizes = [z[0].numel() for z in units]

@@ -20,31 +20,29 @@ input image (ours); pCNL takes starts to be centred.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Generator
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from rsm_guidance.core.resampling import SCHEMES, Scheme
+from rsm_guidance.core.random import Purpose
+from rsm_guidance.core.resampling import Scheme
 from rsm_guidance.core.rows import rows_where
-from rsm_guidance.core.transitions import Transition
-from rsm_guidance.samplers.base import (
-    Problem,
-    SamplerOutput,
-    check_deadline,
-    new_trace,
-)
-from rsm_guidance.samplers.gradients import gradient_cost, value_and_gradient
-from rsm_guidance.samplers.noise_search import neighbours
-from rsm_guidance.samplers.particles import Particles
+from rsm_guidance.core.transitions import CPS, GaussianTransition, require_gaussian
+from rsm_guidance.rollouts.collect import interleave
+from rsm_guidance.samplers import kernel, population
+from rsm_guidance.samplers.gradients import value_and_gradient
+from rsm_guidance.samplers.kernel import Info, Solution, Sampler, first_of, table
+from rsm_guidance.samplers.neighbours import neighbours
 from rsm_guidance.samplers.smc import TwistedSMC
+from rsm_guidance.samplers.task import Task
 
 
 @dataclass(frozen=True)
 class CrankNicolson:
-    """Markov chains on starting noises, with stationary law q(x_T).
+    """Markov chains on initial noises, with stationary law q(x_T).
 
     Attributes:
         chains: parallel chains per prompt, >= 1; chain 0 begins where the unguided run starts.
@@ -75,72 +73,54 @@ class CrankNicolson:
         """Moves that each chain makes for `count` particles."""
         return self.burn_in + self.thin * math.ceil(count / self.chains)
 
-    def cost(self, problem: Problem, count: int) -> tuple[float, int]:
-        """Denoiser evaluations and reward calls per image."""
-        value = problem.value
-        assert value is not None
-        each = value.evaluations_per_row
-        if self.gradient:
-            each = problem.denoiser.evaluations_per_row + gradient_cost(problem, self.jacobian)
-        states = self.chains * (1 + self.moves(count))
-        return states * each, states * value.reward_calls_per_row
-
     def draw(
-        self, problem: Problem, count: int, temperature: float, note: Callable[[Tensor], None] = lambda x0: None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Starting latents [count * B, ...], particle-major, their values [B, count] and the share of moves taken [B].
+        self, task: Task, count: int, temperature: float
+    ) -> Generator[Info, None, tuple[Tensor, Tensor, Tensor]]:
+        """Initial latents [B * count, ...], their values [B, count] and the share of moves taken [B].
 
-        `note` is told of the clean latents that values are made of, where they are.
+        Cost per image: a value for every state of every chain, with `gradient` a backward pass, too.
         """
-        chains = list(range(self.chains))
-        starts = [problem.initial(c) for c in chains]
-        x = starts[0] if len(starts) == 1 else torch.cat(starts)
-        scale = math.hypot(*problem.denoiser.schedule.coefficients(0))
-        values, slope = self._value(problem, x, temperature, note)
+        c, scale = self.chains, math.hypot(*task.schedule.coefficients(0))
+        x = task.initial(*range(c))
+        values, slope, x0 = self._value(task, x, temperature)
         kept: list[tuple[Tensor, Tensor]] = []
         taken = torch.zeros(len(x), dtype=torch.float64)
         for move in range(self.moves(count)):
-            check_deadline(problem)
-            per_chain = x.view(self.chains, problem.count, *x.shape[1:])
-            fresh = [neighbours(problem, per_chain[c], self.rho, "move", c, move) for c in chains]
-            push = self._push(scale)
-            proposal = torch.cat(fresh) + (push * slope).to(x)
-            there, slope_there = self._value(problem, proposal, temperature, note)
+            if x0 is not None:
+                yield Info(0, first_of(x0, c), silent=True)
+            chains = x.unflatten(0, (task.count, c))
+            fresh = [neighbours(task, chains[:, i], self.rho, Purpose.MOVE, i, move) for i in range(c)]
+            proposal = interleave(fresh) + (self._push(scale) * slope).to(x)
+            there, slope_there, _ = self._value(task, proposal, temperature)
             log_ratio = (there - values) / temperature
             if self.gradient:
-                log_ratio = log_ratio + self._correction(x, proposal, slope, slope_there, scale)
-            uniform = [problem.streams.uniform(r, "accept", c, move) for c in chains for r in range(problem.count)]
+                log_ratio = log_ratio + self.correction(x, proposal, slope, slope_there, scale)
+            uniform = [task.streams.uniform(r, Purpose.ACCEPT, i, move) for r in range(task.count) for i in range(c)]
             accept = torch.tensor(uniform, dtype=torch.float64).log() < log_ratio
             taken += accept
             x, slope = rows_where(accept, proposal, x), rows_where(accept, slope_there, slope)
             values = torch.where(accept, there, values)
             if move >= self.burn_in and (move + 1 - self.burn_in) % self.thin == 0:
-                kept.append((x, values))
-        latents = torch.cat([states for states, _ in kept])[: count * problem.count]
-        table = torch.cat([v for _, v in kept]).view(-1, problem.count).T[:, :count]
-        share = taken.view(self.chains, problem.count).mean(0) / self.moves(count)
-        return latents, table, share
+                kept.append((x.unflatten(0, (task.count, c)), table(values, c)))
+        latents = torch.cat([states for states, _ in kept], 1)[:, :count]
+        share = table(taken, c).mean(1) / self.moves(count)
+        return latents.flatten(0, 1), torch.cat([v for _, v in kept], 1)[:, :count], share
 
-    def _value(
-        self, problem: Problem, x: Tensor, temperature: float, note: Callable[[Tensor], None]
-    ) -> tuple[Tensor, Tensor]:
-        """Values [R] of starts and the gradient of V / lambda, float64 [R, ...] (zeros without)."""
-        rows = problem.rows.repeat(len(x) // problem.count)
+    def _value(self, task: Task, x: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Values [R] of initial latents, the gradient of V / lambda, float64 [R, ...] (zeros without), and x0 if known."""
+        rows = task.rows_of(self.chains)
         if not self.gradient:
-            values, known = problem.scored(x, 0, rows)
-            if known is not None:
-                note(known.x0)
-            return values, torch.zeros_like(x, dtype=torch.float64)
-        prediction, values, gradient = value_and_gradient(problem, x, 0, rows, self.jacobian)
-        note(prediction.x0)
-        return values, gradient.nan_to_num(0.0, 0.0, 0.0).double() / temperature
+            values, known = task.score(x, 0, rows)
+            return values, torch.zeros_like(x, dtype=torch.float64), None if known is None else known.x0
+        prediction, values, gradient = value_and_gradient(task, x, 0, rows, self.jacobian)
+        return values, gradient.nan_to_num(0.0, 0.0, 0.0).double() / temperature, prediction.x0
 
     def _push(self, scale: float) -> float:
-        """Factor on the gradient in a move, for starts of standard deviation `scale`."""
+        """Factor on the gradient in a move, for initial latents of standard deviation `scale`."""
         h = 4 * (1 - self.rho) / (1 + self.rho)
         return math.sqrt(1 - self.rho**2) * math.sqrt(h) / 2 * scale**2
 
-    def _correction(self, x: Tensor, there: Tensor, slope: Tensor, slope_there: Tensor, scale: float) -> Tensor:
+    def correction(self, x: Tensor, there: Tensor, slope: Tensor, slope_there: Tensor, scale: float) -> Tensor:
         """log q(x | x') - log q(x' | x) beyond what the prior's own moves are reversible for, [R]."""
         push = self._push(scale)
 
@@ -154,8 +134,8 @@ class CrankNicolson:
 
 
 @dataclass(frozen=True)
-class PsiSampler:
-    """Sequential Monte Carlo from starts that a Markov chain has drawn.
+class PsiSampler(Sampler):
+    """Sequential Monte Carlo from initial noises that a Markov chain has drawn.
 
     Attributes:
         particles: K >= 1 per prompt.
@@ -171,24 +151,20 @@ class PsiSampler:
     """
 
     name: ClassVar[str] = "psi"
-    scales: ClassVar[str | None] = "particles"
+    budget_field: ClassVar[str | None] = "particles"
     particles: int = 4
     temperature: float = 1.0
     initial: CrankNicolson | None = CrankNicolson()
     gradient: bool = False
     threshold: float = 0.5
     resampling: Scheme = "systematic"
-    transition: Transition = Transition("cps", 0.9)
+    transition: GaussianTransition = CPS(0.9)
     largest_shift: float = TwistedSMC.largest_shift
     jacobian: bool = True
     returned: Literal["best", "sample"] = "best"
 
     def __post_init__(self) -> None:
-        if self.resampling not in SCHEMES or self.transition.kind not in ("ddim", "cps", "flow_sde"):
-            raise ValueError(
-                f"resampling is one of {', '.join(SCHEMES)} and the transition ddim, cps or flow_sde, since copies of a "
-                f"particle have to part; got {self.resampling!r} and {self.transition.kind!r}"
-            )
+        require_gaussian(self.transition, "copies of a particle have to part", noisy=True)
         self._smc()  # checks the rest
 
     def _smc(self) -> TwistedSMC:
@@ -199,45 +175,26 @@ class PsiSampler:
             resampling=self.resampling,
             transition=self.transition,
             largest_shift=self.largest_shift,
+            gradient=self.gradient,
             jacobian=self.jacobian,
             returned=self.returned,
         )
 
-    def sample(self, problem: Problem) -> SamplerOutput:
-        """Cost per image: a value evaluation for every state of every chain, then K times an unguided sample with K value
-        evaluations at each level; with `gradient` a backward pass for each of these.
+    def check(self, task: Task) -> None:
+        kernel.require(self, task, value=True)
 
-        A budget lowers K, and without means for a chain the run is unguided.  At the deadline or on Ctrl-C the estimate of
-        the heaviest particle is returned, during the chain its first state's, if there is one (none with a DRM alone).
-        """
-        if problem.value is None:
-            raise ValueError("the sampler 'psi' scores noisy latents: pass a diffusion reward model, or a reward")
-        problem.require_budget()
-        trace = new_trace(self, problem)
-        smc = self._smc()
-        k = problem.most(self.particles, lambda k: self._cost(problem, smc, k), least=0)
-        if k == 0:
-            return smc.unguided(problem, trace)
-        output = smc.steer(problem, lambda note: self._start(problem, k, trace, note), trace, self.gradient)
+    def solve(self, task: Task) -> Solution:
+        """Cost per image: the chain's, then K unguided samples with K value evaluations at each level; with `gradient` a
+        backward pass for each of these."""
+        smc, sections = self._smc(), {}
+        state = smc.init(task)
         if self.initial is not None:
-            output.log_normalizer = None
-        return output
-
-    def _start(self, problem: Problem, k: int, trace: dict[str, object], note: Callable[[Tensor], None]) -> Particles:
-        if self.initial is None:
-            starts = [problem.initial(c) for c in range(k)]
-            latents, values = torch.cat(starts), torch.zeros(problem.count, k, dtype=torch.float64)
-        else:
-            latents, values, share = self.initial.draw(problem, k, self.temperature, note)
-            trace["chain"] = {"values": values.tolist(), "accepted": share.tolist()}
-        group = Particles(problem, k, latents)
-        group.carried = {"twist": values / self.temperature}
-        return group
-
-    def _cost(self, problem: Problem, smc: TwistedSMC, k: int) -> tuple[float, int]:
-        """Denoiser evaluations and reward calls of one image with k particles."""
-        evaluations, calls = smc.cost(problem, k, self.gradient)
-        if self.initial is not None:
-            own = self.initial.cost(problem, k)
-            evaluations, calls = evaluations + own[0], calls + own[1]
-        return evaluations, calls
+            latents, values, share = yield from self.initial.draw(task, self.particles, self.temperature)
+            sections["chain"] = {"values": values.tolist(), "accepted": share.tolist()}
+            state = population.particles(task, latents, self.particles, twist=values / self.temperature)
+        for jump in self.transition.jumps(task.schedule):
+            state, info = smc.step(task, state, jump)
+            yield info
+        result = smc.finish(task, state)
+        unknown = {} if self.initial is None else {"log_normalizer": None}
+        return replace(result, sections=result.sections | sections, **unknown)

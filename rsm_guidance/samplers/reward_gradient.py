@@ -25,24 +25,20 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from rsm_guidance.core.random import Purpose
 from rsm_guidance.core.rows import rows_where, scaled
 from rsm_guidance.core.schedule import NoiseSchedule, Prediction
-from rsm_guidance.core.transitions import Transition
-from rsm_guidance.samplers.base import (
-    Interrupted,
-    Problem,
-    SamplerOutput,
-    check_deadline,
-    finished,
-    finished_best,
-    interruptible,
-    new_trace,
-)
-from rsm_guidance.samplers.gradients import gradient_cost, value_and_gradient
+from rsm_guidance.core.transitions import CPS, GaussianTransition, exact, require_gaussian
+from rsm_guidance.samplers import kernel
+from rsm_guidance.samplers.gradients import value_and_gradient
+from rsm_guidance.samplers.kernel import Info, Kernel, State, first_of, table
+from rsm_guidance.samplers.task import Task
+
+_PUSHES = ("mean", "drift", "noise", "velocity")
 
 
 @dataclass(frozen=True)
-class RewardGradient:
+class RewardGradient(Kernel):
     """Guidance by the gradient of the value.
 
     Attributes:
@@ -60,7 +56,7 @@ class RewardGradient:
     """
 
     name: ClassVar[str] = "reward-gradient"
-    scales: ClassVar[str | None] = "trajectories"
+    budget_field: ClassVar[str | None] = "trajectories"
     strength: float = 0.2
     push: Literal["mean", "drift", "noise", "velocity"] = "mean"
     scale: Literal["auto", "plain"] = "auto"
@@ -70,130 +66,95 @@ class RewardGradient:
     trajectories: int = 1
     jacobian: bool = True
     checkpoint: bool = False
-    transition: Transition = Transition("cps", 0.9)
+    transition: GaussianTransition = CPS(0.9)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.strength < math.inf or (self.push == "noise" and self.strength > 1):
-            raise ValueError(
-                f"strength must be finite and at least 0, with push='noise' at most 1; got {self.strength}"
-            )
-        for name, known in (("push", ("mean", "drift", "noise", "velocity")), ("scale", ("auto", "plain"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
+        kernel.finite(self, "strength")
+        if self.push == "noise" and self.strength > 1:
+            raise ValueError(f"strength must be at most 1 with push='noise'; got {self.strength}")
+        kernel.one_of(self, push=_PUSHES, scale=("auto", "plain"))
         if self.scale == "plain" and self.push in ("drift", "noise"):
             raise ValueError(
                 f"push={self.push!r} is normalised by definition; use scale='auto', or push another quantity"
             )
         if not 0 < self.largest:
             raise ValueError(f"largest must be positive; got {self.largest}")
-        if not 0 <= self.window[0] < self.window[1] <= 1:
-            raise ValueError(f"window must be (low, high) with 0 <= low < high <= 1; got {self.window}")
-        for name in ("recurrence", "trajectories"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if self.transition.kind in ("scheduler", "glass") or (self.push == "noise" and self.transition.kind == "ode"):
-            raise ValueError(
-                f"the transition {self.transition.kind!r} cannot be pushed so; choose ddim, cps or flow_sde"
-            )
+        kernel.check_window(self.window)
+        kernel.at_least(self, 1, "recurrence", "trajectories")
+        require_gaussian(self.transition, "it cannot be pushed so", noisy=self.push == "noise")
 
-    def sample(self, problem: Problem) -> SamplerOutput:
-        """Cost per image and run: at each level of the window `recurrence` denoiser and value evaluations with a backward
-        pass, one denoiser evaluation elsewhere.
-
-        A budget lowers the number of runs.  When it no longer reaches for a gradient, the run goes on unguided.  A row
-        whose gradient is not finite takes its step unguided, and half the strength from then on.
-        """
-        if self.strength > 0 and problem.value is None:
+    def check(self, task: Task) -> None:
+        if self.strength > 0 and task.value is None:
             raise ValueError(
                 "the sampler 'reward-gradient' follows the gradient of a value: pass a differentiable reward or value model"
             )
         if self.trajectories > 1:
-            problem.require_judge(self.name)
-        problem.require_budget()
-        problem.denoiser.checkpointing = self.checkpoint
-        schedule, trace = problem.denoiser.schedule, new_trace(self, problem)
-        slots = list(range(self._runs(problem)))
-        rows = problem.rows.repeat(len(slots))  # latents are run-major, [R * B, ...]
-        x = torch.cat([problem.initial(c) for c in slots]) if len(slots) > 1 else problem.initial(0)
-        strength = torch.full((len(x),), self.strength, dtype=torch.float64)
-        estimate: Tensor | None = None
-        try:
-            with interruptible(problem):
-                for level in range(schedule.steps):
-                    check_deadline(problem)
-                    guides = self._guides(schedule, level)
-                    scores: Tensor | None = None
-                    for repeat in range(self.recurrence):
-                        if guides and self._affordable(problem, level, len(slots)):
-                            prediction, scores, gradient = value_and_gradient(problem, x, level, rows, self.jacobian)
-                            lost = gradient.flatten(1).isnan().any(1)
-                            strength = torch.where(lost, strength / 2, strength)
-                            gradient = rows_where(lost, torch.zeros_like(x), gradient)
-                        else:
-                            prediction, gradient = problem.denoiser.predict(x, level, rows), torch.zeros_like(x)
-                        estimate = prediction.x0
-                        x = self._push(problem, prediction, gradient, strength, level, repeat, slots)
-                        if (
-                            not guides
-                            or repeat + 1 == self.recurrence
-                            or not self._affordable(problem, level, len(slots))
-                        ):
-                            break
-                        x = self._back(problem, x, level, repeat, slots)
-                    if scores is not None:
-                        by_row = scores.view(len(slots), problem.count).T
-                        entry = {"level": level, "scores": by_row.tolist(), "chosen": [0] * problem.count}
-                        trace["levels"].append(entry | {"strength": strength.view(len(slots), -1).T.tolist()})
-                    problem.report(level, prediction.x0, None if scores is None else by_row)
-                rewards = problem.final_rewards(x, rows) if len(slots) > 1 else None
-        except Interrupted:
-            if estimate is None:
-                raise
-            return finished(problem, estimate[: problem.count], trace)
-        return finished_best(problem, x, rewards, trace)
+            kernel.require(self, task)
+
+    def init(self, task: Task) -> State:
+        """Cost per image and run: at each level of the window `recurrence` denoiser and value evaluations with a backward
+        pass, one denoiser evaluation elsewhere.
+
+        A `State` holds one candidate for each of the runs.  A candidate whose gradient is not finite takes its step unguided,
+        and half the strength from then on.
+        """
+        task.denoiser.checkpointing = self.checkpoint
+        strength = torch.full((task.count, self.trajectories), self.strength, dtype=torch.float64)
+        x = task.initial(*range(self.trajectories))
+        return State(x, self.trajectories, carried={"strength": strength})
+
+    def step(self, task: Task, state: State, jump: tuple[int, int]) -> tuple[State, Info]:
+        level, k = jump[0], state.k
+        if not self._guides(task.schedule, level):
+            return self.unguided(task, state, jump)
+        x, strength, rows = state.x, state.carried["strength"].flatten(), task.rows_of(k)
+        for repeat in range(self.recurrence):
+            if repeat:
+                x = self._back(task, x, level, repeat - 1, k)
+            prediction, scores, gradient = value_and_gradient(task, x, level, rows, self.jacobian)
+            lost = gradient.flatten(1).isnan().any(1).cpu()
+            strength = torch.where(lost, strength / 2, strength)
+            gradient = rows_where(lost, torch.zeros_like(x), gradient)
+            noise = task.noise(rows, x.shape[1:], level, [*range(k)] * task.count, repeat)
+            x = self.pushed(task.schedule, prediction, gradient, strength, jump, noise)
+        by_row, left = table(scores, k), table(strength, k)
+        state = State(x, k, prediction.x0, carried={"strength": left})
+        record = {"chosen": [0] * task.count, "strength": left}
+        return state, Info(level, first_of(prediction.x0, k), by_row, level, record)
 
     def _guides(self, schedule: NoiseSchedule, level: int) -> bool:
-        low, high = self.window
-        inside = low <= float(schedule.sigma[level] / schedule.sigma[0]) <= high
         informed = float(schedule.alpha[level]) > 0  # pure noise says nothing of the image: its gradient is rounding
+        inside = kernel.in_window(self.window, schedule, level)
         return self.strength > 0 and inside and informed and level + 1 < schedule.steps
 
-    def _runs(self, problem: Problem) -> int:
-        if self.trajectories == 1 or problem.value is None:
-            return self.trajectories
-        schedule, each = problem.denoiser.schedule, problem.denoiser.evaluations_per_row
-        levels = sum(self._guides(schedule, level) for level in range(schedule.steps))
-        own = gradient_cost(problem, self.jacobian) - problem.value_cost
-        guided, repeated = levels * self.recurrence, levels * (self.recurrence - 1)
-        return problem.affordable(self.trajectories, guided, guided * own + repeated * each)
-
-    def _affordable(self, problem: Problem, level: int, runs: int) -> bool:
-        denoiser, value = problem.denoiser, problem.value
-        assert value is not None
-        rest = (denoiser.steps - level) * denoiser.evaluations_per_row + problem.final_cost
-        rest += gradient_cost(problem, self.jacobian)
-        calls = value.reward_calls_per_row + problem.final_calls
-        return problem.affords(rest * problem.count * runs, calls * problem.count * runs)
-
-    def _push(
+    def pushed(
         self,
-        problem: Problem,
+        schedule: NoiseSchedule,
         prediction: Prediction,
         gradient: Tensor,
         strength: Tensor,
-        level: int,
-        repeat: int,
-        slots: list[int],
+        jump: tuple[int, int],
+        noise: Tensor,
     ) -> Tensor:
-        """The next latents [R * B, ...]; rows without a gradient take the unguided step, bit for bit."""
-        schedule = problem.denoiser.schedule
-        gaussian = self.transition(prediction, schedule, level, level + 1)
-        plain = problem.step(gaussian, level, slots, child=repeat)
+        """The next latents [R, ...]; those without a gradient take the unguided step, bit for bit.
+
+        Args:
+            schedule: the levels.
+            prediction: of the latents [R, ...].
+            gradient: of the value [R, ...].
+            strength: of every latent [R].
+            jump: the levels (from, to).
+            noise: of the step [R, ...].
+        """
+        level = jump[0]
+        gaussian = self.transition(prediction, schedule, *jump)
+        plain = gaussian.sample(noise)
         moved = (gradient != 0).flatten(1).any(1)
         if not bool(moved.any()):
             return plain
         size = gradient.flatten(1).double().square().mean(1).sqrt().clamp(min=1e-300)
         unit = gaussian.std or float(schedule.sigma[level] - schedule.sigma[level + 1])
+        strength = strength.to(size.device)
         if self.scale == "plain":
             raw = size * (schedule.coefficients(level)[1] if self.push == "velocity" else unit)
             length = strength * raw * (self.largest / (strength * raw)).clamp(max=1.0)
@@ -201,16 +162,16 @@ class RewardGradient:
             length = strength / gradient[0].numel() ** 0.5
         else:
             length = strength
-        direction = scaled(gradient, length / size)
+        direction = scaled(exact(gradient), length / size)
         if self.push == "velocity":
-            tilted = self._tilted(prediction, direction, schedule, level)
-            guided = problem.step(self.transition(tilted, schedule, level, level + 1), level, slots, child=repeat)
+            tilted = self._tilted(prediction, direction.to(gradient), schedule, level)
+            guided = self.transition(tilted, schedule, *jump).sample(noise)
         elif self.push == "noise" and gaussian.std > 0:
-            noise = (plain - gaussian.mean) / gaussian.std
+            noise = noise.to(direction)
             guided = gaussian.mean + gaussian.std * (scaled(noise, (1 - strength**2).sqrt()) + direction)
         else:
-            guided = plain + (1.0 if self.push == "drift" else unit) * direction
-        return rows_where(moved, guided, plain)
+            guided = exact(plain) + (1.0 if self.push == "drift" else unit) * direction
+        return rows_where(moved, guided.to(plain), plain)
 
     def _tilted(self, p: Prediction, direction: Tensor, schedule: NoiseSchedule, level: int) -> Prediction:
         """The prediction under the tilted law: eps - d, and what follows from it for x0 and the velocity."""
@@ -218,8 +179,8 @@ class RewardGradient:
         eps, x0 = p.eps - direction, p.x0 + sigma / alpha * direction
         return Prediction(p.x, x0, eps, None if p.velocity is None else eps - x0)
 
-    def _back(self, problem: Problem, x: Tensor, level: int, repeat: int, slots: list[int]) -> Tensor:
-        """Noise a state of level + 1 back to `level`, by the forward process."""
-        names = [("back", level, repeat) if slot == 0 else ("back", level, repeat, slot) for slot in slots]
-        noise = [problem.streams.normal(r, x.shape[1:], *n) for n in names for r in range(problem.count)]
-        return problem.denoiser.schedule.noise_back(x, torch.stack(noise), level + 1, level)
+    def _back(self, task: Task, x: Tensor, level: int, repeat: int, k: int) -> Tensor:
+        """Noise latents [B * K, ...] of level + 1 back to `level`, by the forward process."""
+        names = [(Purpose.BACK, level, repeat, c) for c in range(k)] * task.count
+        noise = task.named_noise(task.rows_of(k), x.shape[1:], names)
+        return task.schedule.noise_back(x, noise, level + 1, level)

@@ -10,9 +10,8 @@ twist; a good one keeps the weights even.  gamma_t = progress ^ `power` tempers 
 estimate) power 1 keeps the normaliser honest at few particles, power 0 follows them from the start.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -20,23 +19,15 @@ from torch import Tensor
 from rsm_guidance.core.resampling import SCHEMES, Scheme
 from rsm_guidance.core.rows import scaled
 from rsm_guidance.core.schedule import Prediction
-from rsm_guidance.core.transitions import Gaussian, Transition
-from rsm_guidance.samplers.base import (
-    Interrupted,
-    Problem,
-    SamplerOutput,
-    check_deadline,
-    finished,
-    interruptible,
-    new_trace,
-)
-from rsm_guidance.samplers.gradients import gradient_cost, value_and_gradient
-from rsm_guidance.samplers.particles import Particles, conclude
-from rsm_guidance.samplers.rollout import Unguided
+from rsm_guidance.core.transitions import DDIM, Gaussian, GaussianTransition, exact, require_gaussian
+from rsm_guidance.samplers import kernel, population
+from rsm_guidance.samplers.gradients import value_and_gradient
+from rsm_guidance.samplers.kernel import Info, Kernel, Result, State, table
+from rsm_guidance.samplers.task import Task
 
 
 @dataclass(frozen=True)
-class TwistedSMC:
+class TwistedSMC(Kernel):
     """Sequential Monte Carlo with gradient proposals.
 
     Attributes:
@@ -48,153 +39,90 @@ class TwistedSMC:
         transition: how to step; a stochastic one.
         largest_shift: proposals move by at most so many standard deviations per dimension (root mean square); weights
             take the clipped proposal into account.
+        gradient: whether proposals follow the value's gradient, or step as the base model does.
         jacobian: differentiate through the denoiser, where the value reads its estimate.
         checkpoint: recompute activations on the way back instead of keeping them: less memory, a forward pass more.
         returned: "best" returns the particle of highest reward, "sample" draws one by weight, a sample of the target.
     """
 
     name: ClassVar[str] = "smc"
-    scales: ClassVar[str | None] = "particles"
+    budget_field: ClassVar[str | None] = "particles"
     particles: int = 4
     temperature: float = 1.0
     power: float = 0.0
     threshold: float = 0.5
     resampling: Scheme = "systematic"
-    transition: Transition = Transition("ddim", 1.0)
+    transition: GaussianTransition = DDIM(1.0)
     largest_shift: float = 0.5
+    gradient: bool = True
     jacobian: bool = True
     checkpoint: bool = False
     returned: Literal["best", "sample"] = "best"
 
     def __post_init__(self) -> None:
-        if self.particles < 1:
-            raise ValueError(f"particles must be at least 1; got {self.particles}")
-        for name in ("temperature", "largest_shift"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be positive and finite; got {getattr(self, name)}")
-        if not 0 <= self.power < float("inf"):
-            raise ValueError(f"power must be finite and at least 0; got {self.power}")
-        if not 0 < self.threshold <= 1:
-            raise ValueError(f"threshold is a share of the particles, in (0, 1]; got {self.threshold}")
-        if self.resampling not in SCHEMES or self.returned not in ("best", "sample"):
-            raise ValueError(f"unknown resampling scheme or kind of return; got {self.resampling!r}, {self.returned!r}")
-        if not self.transition.stochastic:
-            raise ValueError("particles need a stochastic transition (ddim, cps, flow_sde): copies would stay copies")
+        kernel.at_least(self, 1, "particles")
+        kernel.finite(self, "temperature", "largest_shift", positive=True)
+        kernel.finite(self, "power")
+        kernel.share(self, "threshold")
+        kernel.one_of(self, resampling=tuple(SCHEMES), returned=("best", "sample"))
+        require_gaussian(self.transition, "copies of a particle have to part", noisy=True)
 
-    def sample(self, problem: Problem) -> SamplerOutput:
-        """Cost per image: K times an unguided sample, and at each level K value evaluations with a backward pass.
-
-        A budget lowers K, and where it does not reach for one particle the run is unguided.  At the deadline or on Ctrl-C the estimate of the heaviest particle is returned.
-        """
-        if problem.value is None:
+    def check(self, task: Task) -> None:
+        if task.value is None:
             raise ValueError(
-                "the sampler 'smc' follows the gradient of a value: pass a differentiable reward or value model"
+                f"the sampler {self.name!r} follows the gradient of a value: pass a differentiable reward or value model"
             )
-        problem.require_budget()
-        problem.denoiser.checkpointing = self.checkpoint
-        trace = new_trace(self, problem)
-        k = problem.most(self.particles, lambda k: self.cost(problem, k), least=0)
-        if k == 0:
-            return self.unguided(problem, trace)
 
-        def start(note: Callable[[Tensor], None]) -> Particles:
-            starts = [problem.initial(c) for c in range(k)]
-            group = Particles(problem, k, starts[0] if k == 1 else torch.cat(starts))
-            group.carried = {"twist": torch.zeros(problem.count, k, dtype=torch.float64)}
-            return group
+    def init(self, task: Task) -> State:
+        """Cost per image: K unguided samples, and at each level K value evaluations with a backward pass."""
+        task.denoiser.checkpointing = self.checkpoint
+        twist = torch.zeros(task.count, self.particles, dtype=torch.float64)
+        return population.particles(task, task.initial(*range(self.particles)), self.particles, twist=twist)
 
-        return self.steer(problem, start, trace)
+    def step(self, task: Task, state: State, jump: tuple[int, int]) -> tuple[State, Info]:
+        level = jump[0]
+        prediction, values, slope = self._scored(task, state, level)
+        scores = table(values, state.k)
+        scale = (level / task.steps) ** self.power / self.temperature
+        state = retwisted(replace(state, prediction=prediction), scale * scores)
+        state, record = population.resampled(task, state, level, self.resampling, self.threshold)
+        slope = slope[kernel.places(record["ancestors"], state.k)]
+        assert state.prediction is not None
+        estimate = state.prediction.x0
+        state = replace(self._proposed(task, state, scale * slope, jump), x0=estimate, prediction=None)
+        return state, Info(level, population.heaviest(state), scores, level, record)
 
-    def cost(self, problem: Problem, k: int, gradient: bool = True) -> tuple[float, int]:
-        """Denoiser evaluations and reward calls of one image with k particles."""
-        denoiser, value = problem.denoiser, problem.value
-        assert value is not None
-        judge = gradient_cost(problem, self.jacobian) if gradient else problem.value_cost
-        evaluations = k * (denoiser.steps * (denoiser.evaluations_per_row + judge) + problem.final_cost)
-        return evaluations, k * (denoiser.steps * value.reward_calls_per_row + problem.final_calls)
-
-    def unguided(self, problem: Problem, trace: dict[str, Any]) -> SamplerOutput:
-        """The run where the budget does not reach for one particle."""
-        output = Unguided(self.transition).sample(problem)
-        output.trace["sampler"] = trace["sampler"]
-        return output
-
-    def steer(
-        self,
-        problem: Problem,
-        start: Callable[[Callable[[Tensor], None]], Particles],
-        trace: dict[str, Any],
-        gradient: bool = True,
-    ) -> SamplerOutput:
-        """Carry particles from pure noise to the end; without `gradient` they propose as the base model does.
-
-        The group that `start` makes carries the twist [B, K] that its weights contain; it may note an estimate of the clean
-        latents [B, ...] on the way, should it be cut off.
-        """
-        schedule = problem.denoiser.schedule
-        estimate: Tensor | None = None
-        group: Particles | None = None
-
-        def note(x0: Tensor) -> None:
-            nonlocal estimate
-            estimate = x0[: problem.count]
-
-        try:
-            with interruptible(problem):
-                group = start(note)
-                for level in range(schedule.steps):
-                    check_deadline(problem)
-                    prediction, values, slope = self._judged(problem, group, level, gradient)
-                    scores = group.table(values)
-                    scale = (level / schedule.steps) ** self.power / self.temperature
-                    self._twist(group, scale * scores)
-                    moved = group.resample(level, self.resampling, self.threshold, trace)
-                    trace["levels"][-1]["scores"] = scores.tolist()
-                    if moved is not None:
-                        prediction, slope = prediction.pick(moved), slope[moved]
-                    estimate = prediction.x0
-                    gaussian = self.transition(prediction, schedule, level, level + 1)
-                    self._propose(problem, group, gaussian, scale * slope, level)
-                    problem.report(level, estimate, scores)
-                rewards = problem.final_rewards(group.latents, group.rows)
-        except Interrupted:
-            if estimate is None:
-                raise
-            if group is None:
-                return finished(problem, estimate, trace)
-            group.latents = estimate
-            return finished(problem, group.pick(group.log_weights.argmax(1)[:, None]), trace)
+    def finish(self, task: Task, state: State) -> Result:
+        rewards = population.final_table(task, state)
         assert rewards is not None
-        table = group.table(rewards)
-        self._twist(group, table / self.temperature)
-        return conclude(group, table, self.returned, trace)
+        return population.concluded(task, retwisted(state, rewards / self.temperature), rewards, self.returned)
 
-    def _judged(
-        self, problem: Problem, group: Particles, level: int, gradient: bool
-    ) -> tuple[Prediction, Tensor, Tensor]:
-        """Prediction, values [K * B] and their gradients at the particles; zero where there is none."""
-        x = group.latents
-        if gradient:
-            prediction, values, slope = value_and_gradient(problem, x, level, group.rows, self.jacobian)
-            return prediction, values, slope.nan_to_num(0.0)  # such a row proposes as the base model does
-        values, known = problem.scored(x, level, group.rows)
-        return known or problem.denoiser.predict(x, level, group.rows), values, torch.zeros_like(x)
+    def _scored(self, task: Task, state: State, level: int) -> tuple[Prediction, Tensor, Tensor]:
+        """Prediction, values [B * K] and their gradients at the particles; zero without `gradient`."""
+        x, rows = state.x, task.rows_of(state.k)
+        if self.gradient:
+            prediction, values, slope = value_and_gradient(task, x, level, rows, self.jacobian)
+            return prediction, values, slope.nan_to_num(0.0)  # such a particle proposes as the base model does
+        values, known = task.score(x, level, rows)
+        return known or task.predict(x, level, rows), values, torch.zeros_like(x)
 
-    def _twist(self, group: Particles, phi: Tensor) -> None:
-        """Exchange the twist [B, K] of the level before for this one's."""
-        group.reweight(phi - group.carried["twist"])
-        group.carried["twist"] = phi
-
-    def _propose(self, problem: Problem, group: Particles, base: Gaussian, gradient: Tensor, level: int) -> None:
+    def _proposed(self, task: Task, state: State, gradient: Tensor, jump: tuple[int, int]) -> State:
         """Step by the shifted proposal, and weigh by the ratio of the base transition to it."""
-        slots = list(range(group.count))
+        assert state.prediction is not None
+        base = self.transition(state.prediction, task.schedule, *jump)
         if base.std == 0:
-            group.latents = problem.step(base, level, slots)
-            return
-        shift = base.std**2 * gradient
+            return replace(state, x=base.center)
+        shift = base.std**2 * exact(gradient)
         size = shift.flatten(1).double().square().mean(1).sqrt() / base.std
         factor = (self.largest_shift / size.clamp(min=1e-30)).clamp(max=1.0)
-        proposal = Gaussian(base.mean + scaled(shift, factor), base.std)
-        group.latents = problem.step(proposal, level, slots)
-        ratio = base.log_prob(group.latents.double()) - proposal.log_prob(group.latents.double())
-        group.reweight(group.table(ratio.double()))
+        proposal = Gaussian(base.mean + scaled(shift, factor), base.std, base.dtype)
+        noise = task.noise(task.rows_of(state.k), state.x.shape[1:], jump[0], [*range(state.k)] * task.count)
+        x = proposal.sample(noise)
+        ratio = base.log_prob(x.double()) - proposal.log_prob(x.double())
+        return population.reweighted(replace(state, x=x), table(ratio.double().cpu(), state.k))
+
+
+def retwisted(state: State, phi: Tensor) -> State:
+    """Exchange the twist [B, K] of the level before, which the weights contain, for this one's."""
+    state = population.reweighted(state, phi - state.carried["twist"])
+    return replace(state, carried=state.carried | {"twist": phi})

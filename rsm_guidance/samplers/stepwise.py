@@ -9,29 +9,23 @@ their defaults are the best of a small scan on training captions of an earlier s
 not sample the tilted posterior.
 """
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from rsm_guidance.core.random import Purpose
 from rsm_guidance.core.schedule import NoiseSchedule, Prediction
-from rsm_guidance.core.transitions import Transition
+from rsm_guidance.core.transitions import CPS, ODE, GaussianTransition, require_gaussian
 from rsm_guidance.core.weights import choose
-from rsm_guidance.samplers.base import (
-    Interrupted,
-    Problem,
-    SamplerOutput,
-    check_deadline,
-    finished,
-    finished_best,
-    interruptible,
-    new_trace,
-)
+from rsm_guidance.samplers import kernel
+from rsm_guidance.samplers.kernel import Info, Kernel, State, first_of
+from rsm_guidance.samplers.task import Task
 
 
 @dataclass(frozen=True)
-class StepwiseSampling:
+class StepwiseSampling(Kernel):
     """Keep the best of K children at every level.
 
     Attributes:
@@ -41,15 +35,15 @@ class StepwiseSampling:
             where their level lies inside; elsewhere there is one child.
         outside: "same" steps with `transition` outside the window, "ode" deterministically.
         initial_candidates: initial noises that compete at the noisiest level before the first step.
-        trajectories: independent step-wise runs per image, of which the final judge picks one; a judge is surest of
+        trajectories: independent step-wise runs per image, of which the final score picks one; a reward model is surest of
             finished images, and a second start undoes greedy mistakes.
         temperature: 0 keeps the best child; above 0 one is drawn with probability softmax(score / temperature).
     """
 
     name: ClassVar[str] = "stepwise"
-    scales: ClassVar[str | None] = "candidates"
+    budget_field: ClassVar[str | None] = "candidates"
     candidates: int = 4
-    transition: Transition = Transition("cps", 0.9)
+    transition: GaussianTransition = CPS(0.9)
     window: tuple[float, float] = (0.0, 1.0)
     outside: Literal["same", "ode"] = "same"
     initial_candidates: int = 1
@@ -57,107 +51,63 @@ class StepwiseSampling:
     temperature: float = 0.0
 
     def __post_init__(self) -> None:
-        for field in ("candidates", "initial_candidates", "trajectories"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be at least 1; got {getattr(self, field)}")
-        low, high = self.window
-        if not 0 <= low < high <= 1:
-            raise ValueError(f"window must be (low, high) with 0 <= low < high <= 1; got {self.window}")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be finite and at least 0; got {self.temperature}")
-        if self.outside not in ("same", "ode"):
-            raise ValueError(f"outside must be 'same' or 'ode'; got {self.outside!r}")
+        kernel.at_least(self, 1, "candidates", "initial_candidates", "trajectories")
+        kernel.check_window(self.window)
+        kernel.finite(self, "temperature")
+        kernel.one_of(self, outside=("same", "ode"))
+        require_gaussian(self.transition, "children of one state share its denoiser evaluation")
 
-    def sample(self, problem: Problem) -> SamplerOutput:
-        """Cost per image: N denoiser evaluations (2 N with CFG) and K value evaluations at each level of the window.
-
-        When the budget no longer reaches for K scores, the run goes on unguided; at the deadline or on Ctrl-C the
-        current estimate of the clean latents is returned.
-        """
-        if max(self.candidates, self.initial_candidates) > 1 and problem.value is None:
-            raise ValueError(
-                "the sampler 'stepwise' scores noisy latents: pass a diffusion reward model, or a reward, which is then "
-                "applied to the decoded estimate"
-            )
+    def check(self, task: Task) -> None:
+        if max(self.candidates, self.initial_candidates) > 1:
+            kernel.require(self, task, value=True)
         if self.trajectories > 1:
-            problem.require_judge(self.name)
-        problem.require_budget()
-        schedule = problem.denoiser.schedule
-        trace = new_trace(self, problem)
-        runs = list(range(problem.affordable(self.trajectories, 0)))
-        rows = problem.rows.repeat(len(runs))  # latents are trajectory-major, [R * B, ...]
-        estimate: Prediction | None = None
-        try:
-            with interruptible(problem):
-                x = self._start(problem, runs, rows, trace)
-                for level in range(schedule.steps):
-                    check_deadline(problem)
-                    estimate = problem.denoiser.predict(x, level, rows)
-                    x, scores = self._advance(problem, estimate, level, runs, rows, trace)
-                    problem.report(level, estimate.x0, scores)
-        except Interrupted:
-            if estimate is None:
-                raise
-            x = estimate.x0
-        if len(runs) == 1:
-            return finished(problem, x, trace)
-        try:
-            with interruptible(problem):
-                rewards = problem.final_rewards(x, rows)
-        except Interrupted:
-            return finished(problem, x[: problem.count], trace)
-        return finished_best(problem, x, rewards, trace)
+            kernel.require(self, task)
+
+    def init(self, task: Task) -> State:
+        """Cost per image: N denoiser evaluations (2 N with CFG) and K value evaluations at each level of the window, per run.
+
+        A `State` holds one candidate for each of the runs.
+        """
+        k, runs = self.initial_candidates, self.trajectories
+        x = task.initial(*range(runs * k))
+        if k == 1:
+            return State(x, runs)
+        x, known, _, _ = self._select(task, x, 0, k)
+        return State(x, runs, None, known)
+
+    def step(self, task: Task, state: State, jump: tuple[int, int]) -> tuple[State, Info]:
+        level, target = jump
+        prediction = state.prediction or task.predict(state.x, level, task.rows_of(state.k))
+        shown = first_of(prediction.x0, state.k)
+        inside = self.competes(task.schedule, level)
+        if not inside or self.candidates == 1:
+            transition = self.transition if inside or self.outside == "same" else ODE()
+            x = task.step(transition, prediction, jump, state.k).next
+            return State(x, state.k), Info(level, shown)
+        children = task.children(self.transition, prediction, level, state.k, self.candidates)
+        x, known, scores, chosen = self._select(task, children, target, self.candidates)
+        state = replace(state, x=x, x0=prediction.x0, prediction=known)
+        return state, Info(level, shown, scores, target, {"chosen": chosen})
 
     def competes(self, schedule: NoiseSchedule, level: int) -> bool:
-        """Whether the children of `level` compete: they lie inside the window and the step is not deterministic."""
-        if self.transition.kind == "ode" or level + 1 == schedule.steps:
+        """Whether the children of `level` compete: they lie inside the window and the step draws noise."""
+        if level + 1 == schedule.steps or self.transition.std(schedule, level, level + 1) == 0:
             return False
-        low, high = self.window
-        return low <= float(schedule.sigma[level + 1] / schedule.sigma[0]) <= high
-
-    def _affordable(self, problem: Problem, level: int, count: int, runs: int) -> bool:
-        """Whether `count` scores per trajectory leave enough to finish the remaining levels of all of them."""
-        denoiser, value = problem.denoiser, problem.value
-        if count == 1 or value is None:
-            return False
-        rest = (denoiser.schedule.steps - level) * denoiser.evaluations_per_row + problem.final_cost
-        calls = runs * (count * value.reward_calls_per_row + problem.final_calls)
-        evaluations = runs * (rest + count * value.evaluations_per_row)
-        return problem.affords(evaluations * problem.count, calls * problem.count)
-
-    def _start(self, problem: Problem, runs: list[int], rows: Tensor, trace: dict[str, Any]) -> Tensor:
-        """Initial latents of every trajectory, the best of those that compete for it."""
-        k = self.initial_candidates
-        if not self._affordable(problem, 0, k, len(runs)):
-            starts = [problem.initial(r * k) for r in runs]
-            return starts[0] if len(runs) == 1 else torch.cat(starts)
-        candidates = torch.cat([torch.stack([problem.initial(r * k + c) for c in range(k)], 1) for r in runs])
-        return self._select(problem, candidates, 0, rows, trace)[0]
-
-    def _advance(
-        self, problem: Problem, estimate: Prediction, level: int, runs: list[int], rows: Tensor, trace: dict[str, Any]
-    ) -> tuple[Tensor, Tensor | None]:
-        """The next latents [R * B, ...] and the scores [R * B, K] of the children, if they competed."""
-        schedule = problem.denoiser.schedule
-        inside = self.competes(schedule, level)
-        transition = self.transition if inside or self.outside == "same" else Transition("ode")
-        gaussian = transition(estimate, schedule, level, level + 1)
-        if not inside or gaussian.std == 0 or not self._affordable(problem, level + 1, self.candidates, len(runs)):
-            return problem.step(gaussian, level, runs), None
-        children = torch.stack([problem.step(gaussian, level, runs, child=k) for k in range(self.candidates)], 1)
-        return self._select(problem, children, level + 1, rows, trace)
+        return kernel.in_window(self.window, schedule, level + 1)
 
     def _select(
-        self, problem: Problem, children: Tensor, level: int, rows: Tensor, trace: dict[str, Any]
-    ) -> tuple[Tensor, Tensor | None]:
-        """One of the children [R * B, K, ...] per trajectory, by their values at `level`."""
-        n, k = children.shape[:2]
-        scores = problem.values(children.flatten(0, 1), level, rows.repeat_interleave(k)).view(n, k)
+        self, task: Task, candidates: Tensor, level: int, k: int
+    ) -> tuple[Tensor, Prediction | None, Tensor, Tensor]:
+        """One of every k candidates [B * runs * k, ...] by its value at `level`, its prediction if known, and all scores."""
+        count = len(candidates) // k
+        rows = task.rows.repeat_interleave(count // task.count)
+        values, known = task.score(candidates, level, rows.repeat_interleave(k))
+        scores = values.view(count, k)
         if self.temperature == 0:
             chosen = scores.argmax(1)
         else:
-            run = [i // problem.count for i in range(n)]
-            draws = [problem.streams.uniform(r, "select", run[i], level) for i, r in enumerate(rows.tolist())]
+            runs = count // task.count
+            draws = [task.streams.uniform(r, Purpose.SELECT, i % runs, level) for i, r in enumerate(rows.tolist())]
             chosen = choose(scores / self.temperature, torch.tensor(draws, dtype=torch.float64))
-        trace["levels"].append({"level": level, "scores": scores.tolist(), "chosen": chosen.tolist()})
-        return children[torch.arange(n), chosen], scores
+        place = torch.arange(count) * k + chosen
+        return candidates[place], None if known is None else known.pick(place), scores, chosen

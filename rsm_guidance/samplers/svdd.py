@@ -7,27 +7,22 @@ noise of its own, so that a block as long as the run is best-of-N.
 Greedy when temperature is 0; with one particle also the soft form is a biased sample of the tilted posterior.
 """
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from rsm_guidance.core.transitions import Transition
+from rsm_guidance.core.random import Purpose
+from rsm_guidance.core.transitions import CPS, GaussianTransition, require_gaussian
 from rsm_guidance.core.weights import choose
-from rsm_guidance.samplers.base import (
-    Interrupted,
-    Problem,
-    SamplerOutput,
-    check_deadline,
-    finished,
-    interruptible,
-    new_trace,
-)
+from rsm_guidance.samplers import kernel
+from rsm_guidance.samplers.kernel import Info, Kernel, Result, State, first_of, pick, places, table
+from rsm_guidance.samplers.task import Task
 
 
 @dataclass(frozen=True)
-class SVDD:
+class SVDD(Kernel):
     """Keep one of K continuations at the end of every block of levels.
 
     Attributes:
@@ -38,94 +33,58 @@ class SVDD:
     """
 
     name: ClassVar[str] = "svdd"
-    scales: ClassVar[str | None] = "candidates"
+    budget_field: ClassVar[str | None] = "candidates"
     candidates: int = 4
     block: int = 1
     temperature: float = 0.0
-    transition: Transition = Transition("cps", 0.9)
+    transition: GaussianTransition = CPS(0.9)
 
     def __post_init__(self) -> None:
-        for name in ("candidates", "block"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be finite and at least 0; got {self.temperature}")
+        kernel.at_least(self, 1, "candidates", "block")
+        kernel.finite(self, "temperature")
+        require_gaussian(self.transition, "copies of one state share its denoiser evaluation")
 
-    def sample(self, problem: Problem) -> SamplerOutput:
+    def check(self, task: Task) -> None:
+        if self.candidates > 1:
+            kernel.require(self, task)
+
+    def init(self, task: Task) -> State:
         """Cost per image: 1 + K (block - 1) denoiser evaluations per block (K block in the first, if longer than one level),
         and K value evaluations."""
-        if self.candidates > 1:
-            problem.require_judge(self.name)
-        problem.require_budget()
-        trace = new_trace(self, problem)
-        steps = problem.denoiser.schedule.steps
-        x, rewards, estimate = problem.initial(0), None, None
-        try:
-            with interruptible(problem):
-                for start in range(0, steps, self.block):
-                    stop = min(start + self.block, steps)
-                    k = self.candidates if self._affordable(problem, start, stop) else 1
-                    if start == 0 and k > 1 and self.block > 1:
-                        x = torch.cat([problem.initial(c) for c in range(k)])
-                    children, estimate = self._run(problem, x, start, stop, k)
-                    if k == 1:
-                        x = children
-                        continue
-                    x, rewards = self._select(problem, children, stop, k, trace)
-        except Interrupted:
-            if estimate is None:
-                raise
-            return finished(problem, estimate, trace)
-        return finished(problem, x, trace, rewards)
+        k = self.candidates if self.block > 1 else 1
+        return State(task.initial(*range(k)), k)
 
-    def _run(self, problem: Problem, x: Tensor, start: int, stop: int, k: int) -> tuple[Tensor, Tensor]:
-        """K continuations [K * B, ...] of states [B, ...] (or of K * B) over a block, and the first one's last estimate."""
-        schedule, b = problem.denoiser.schedule, problem.count
-        rows = problem.rows.repeat(len(x) // b)
-        for level in range(start, stop):
-            check_deadline(problem)
-            prediction = problem.denoiser.predict(x, level, rows)
-            gaussian = self.transition(prediction, schedule, level, level + 1)
-            if level == start and k > 1 and len(x) == b:
-                x = torch.cat([problem.step(gaussian, level, [0], child=c) for c in range(k)])
-                rows = problem.rows.repeat(k)
-            else:
-                x = problem.step(gaussian, level, list(range(len(x) // b)))
-            problem.report(level, prediction.x0)
-        return x, prediction.x0[:b]
-
-    def _select(
-        self, problem: Problem, children: Tensor, level: int, k: int, trace: dict[str, Any]
-    ) -> tuple[Tensor, Tensor | None]:
-        """One child per prompt; also its reward, when the block ended at the clean level."""
-        rows, clean = problem.rows.repeat(k), level == problem.denoiser.schedule.steps
-        judged = problem.final_rewards(children, rows) if clean else problem.values(children, level, rows)
-        assert judged is not None
-        scores = judged.view(k, problem.count).T
-        if self.temperature == 0:
-            chosen = scores.argmax(1)
+    def step(self, task: Task, state: State, jump: tuple[int, int]) -> tuple[State, Info]:
+        level, target = jump
+        prediction = state.prediction or task.predict(state.x, level, task.rows_of(state.k))
+        info = Info(level, first_of(prediction.x0, state.k))
+        parts = level % self.block == 0 and state.k == 1 and target < task.steps and self.candidates > 1
+        if parts:
+            k, x = self.candidates, task.children(self.transition, prediction, level, 1, self.candidates)
         else:
-            draws = [problem.streams.uniform(r, "select", 0, level) for r in range(problem.count)]
-            chosen = choose(scores / self.temperature, torch.tensor(draws, dtype=torch.float64))
-        trace["levels"].append({"level": level, "scores": scores.tolist(), "chosen": chosen.tolist()})
-        grouped = children.view(k, problem.count, *children.shape[1:])
-        return grouped[chosen, problem.rows], scores[problem.rows, chosen] if clean else None
+            k, x = state.k, task.step(self.transition, prediction, jump, state.k).next
+        state = State(x, k, prediction.x0)
+        if k == 1 or target == task.steps or target % self.block:
+            return state, info
+        values, known = task.score(x, target, task.rows_of(k))
+        scores = table(values, k)
+        chosen = self._chosen(task, scores, target)
+        known = None if known is None else known.pick(places(chosen, k))
+        state = State(pick(x, chosen, k), 1, state.x0, known)
+        return state, replace(info, scores=scores, at=target, record={"chosen": chosen})
 
-    def _affordable(self, problem: Problem, start: int, stop: int) -> bool:
-        """Whether there is something to choose in this block, and K continuations leave enough to finish the run."""
-        denoiser, value = problem.denoiser, problem.value
-        if self.candidates == 1 or start == denoiser.steps - 1:  # the last step alone adds no noise
-            return False
-        clean = stop == denoiser.steps
-        share, calls = (
-            (problem.final_cost, problem.final_calls)
-            if clean or value is None
-            else (value.evaluations_per_row, value.reward_calls_per_row)
-        )
-        shared = 0 if start == 0 and self.block > 1 else 1
-        run = shared + self.candidates * (stop - start - shared) + denoiser.steps - stop
-        evaluations = (
-            run * denoiser.evaluations_per_row + self.candidates * share + (0 if clean else problem.final_cost)
-        )
-        reward_calls = self.candidates * calls + (0 if clean else problem.final_calls)
-        return problem.affords(evaluations * problem.count, reward_calls * problem.count)
+    def finish(self, task: Task, state: State) -> Result:
+        scores = None if state.k == 1 else task.final_scores(state.x, task.rows_of(state.k))
+        if scores is None:
+            return Result(first_of(state.x, state.k))
+        rewards = table(scores, state.k)
+        chosen = self._chosen(task, rewards, task.steps)
+        candidates = kernel.candidates_of(rewards, chosen)
+        return Result(pick(state.x, chosen, state.k), rewards[task.rows, chosen], sections={"candidates": candidates})
+
+    def _chosen(self, task: Task, scores: Tensor, level: int) -> Tensor:
+        """Which of K copies [B, K] goes on, [B]."""
+        if self.temperature == 0:
+            return scores.argmax(1)
+        draws = [task.streams.uniform(row, Purpose.SELECT, 0, level) for row in range(task.count)]
+        return choose(scores / self.temperature, torch.tensor(draws, dtype=torch.float64))

@@ -1,61 +1,52 @@
 """Sampling tasks on Gaussian mixtures, shared by the tests of the samplers."""
 
+from collections.abc import Generator
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from rsm_guidance.core.ledger import Budget, Ledger
-from rsm_guidance.oracles.mixture import GaussianMixtureDenoiser, value
+from rsm_guidance.core.meter import MeteredValue
 from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.core.schedule import NoiseSchedule, Prediction
-from rsm_guidance.core.transitions import Transition
-from rsm_guidance.evaluation import exactness
-from rsm_guidance.samplers import Problem, SamplerOutput
+from rsm_guidance.core.transitions import DDIM
+from rsm_guidance.oracles import cases
+from rsm_guidance.oracles.cases import MixtureValue
+from rsm_guidance.oracles.mixture import GaussianMixtureDenoiser
+from rsm_guidance.rewards import RowReward
+from rsm_guidance.samplers import Info, SamplerOutput, Task
 
-CASES = {name: exactness.CASES[name] for name in ("grid", "ring", "linear")}
-ANCESTRAL = Transition("ddim", 1.0)
+CASES = {name: cases.CASES[name] for name in ("grid", "ring", "linear")}
+ANCESTRAL = DDIM(1.0)
 SHORT = NoiseSchedule.flow(8)
 SCHEDULES = {"flow": NoiseSchedule.flow(100), "vp": NoiseSchedule.variance_preserving(100)}
 COARSE = NoiseSchedule.variance_preserving(40)
 
 
-class CaseValue:
-    """V in closed form, or the reward of the posterior mean, which is what Tweedie's estimate gives."""
+class OpenTask(Task):
+    """A task whose reward and value can be exchanged; each is bound to it."""
 
-    reward_calls_per_row = 0
+    def __setattr__(self, name: str, new: Any) -> None:
+        if name == "reward" and callable(new) and not isinstance(new, RowReward) and hasattr(self, "inner"):
+            new = self.bound_reward(new)
+        if name == "value" and new is not None and not isinstance(new, MeteredValue) and hasattr(self, "inner"):
+            new = self.bound_value(new)
+        super().__setattr__(name, new)
 
-    def __init__(self, case: str, schedule: NoiseSchedule, ledger: Ledger, exact: bool) -> None:
-        self.mixture, self.reward = CASES[case]
-        self.schedule, self.ledger, self.exact = schedule, ledger, exact
-        self.reads_prediction = not exact
-        self.evaluations_per_row = 0.5
-
-    def __call__(self, x: Tensor, level: int, rows: Tensor, prediction: Prediction | None = None) -> Tensor:
-        self.ledger.charge_value(len(x), 0.5)
-        alpha, sigma = self.schedule.coefficients(level)
-        if self.exact or level == self.schedule.steps:
-            return value(self.mixture, self.reward, x.double(), alpha, sigma)
-        if prediction is None:
-            prediction = GaussianMixtureDenoiser(self.mixture, self.schedule, []).predict(x, level)
-        return self.reward(prediction.x0)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.inner = self.denoiser.inner  # from now on
 
 
-def problem(
-    case: str, schedule: NoiseSchedule, count: int, exact: bool = True, seed: int = 0, **caps: float
-) -> Problem:
+def problem(case: str, schedule: NoiseSchedule, count: int, exact: bool = True, seed: int = 0, **caps: float) -> OpenTask:
+    """The values are a model's, which costs half an evaluation, or Tweedie's estimate."""
     prompts = [f"point {i}" for i in range(count)]
     mixture, reward = CASES[case]
-    ledger = Ledger(Budget(**caps), images=count)
-    judge = CaseValue(case, schedule, ledger, exact)
     denoiser = GaussianMixtureDenoiser(mixture, schedule, prompts, seed)
-    inner = denoiser.predict
-
-    def counted(x: Tensor, level: int, rows: Tensor | None = None) -> Prediction:
-        ledger.denoiser_evaluations += len(x)
-        return inner(x, level, rows)
-
-    object.__setattr__(denoiser, "predict", counted)
-    streams = RandomStreams.for_prompts(seed, prompts)
-    return Problem(denoiser, streams, ledger, reward=lambda x, p: reward(x), value=judge)
+    value = MixtureValue(mixture, reward, denoiser, exact, 0.5)
+    ledger = Ledger(Budget(**caps), images=count)
+    return OpenTask(denoiser, RandomStreams.for_prompts(seed, prompts), ledger, reward, value)
 
 
 def weighted_reward(output: SamplerOutput) -> tuple[float, float]:
@@ -73,7 +64,18 @@ def mean_normalizer(output: SamplerOutput) -> tuple[float, float]:
     return float(z.mean()), float(z.std() / len(z) ** 0.5)
 
 
+def exhausted(steps: Generator[Info, None, Any]) -> Any:
+    """What a method's generator returns in the end."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
 class ConstantValue:
+    name = "constant"
+    share = 0.0
     evaluations_per_row = 0.0
     reward_calls_per_row = 0
     reads_prediction = False

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import rsm_guidance as rg
+from rsm_guidance.samplers.run import run
 from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.core.transitions import Transition
 from rsm_guidance.samplers import Unguided
@@ -20,7 +21,7 @@ ODE = Transition("ode")
 @pytest.mark.parametrize("threshold", [None, -2.0])
 def test_it_climbs_and_more_attempts_climb_higher(threshold: float | None, transition: Transition) -> None:
     def mean(sampler: Any) -> float:
-        rewards = sampler.sample(problem("ring", SHORT, 200)).rewards
+        rewards = run(sampler, problem("ring", SHORT, 200)).rewards
         assert rewards is not None
         return float(rewards.mean())
 
@@ -29,7 +30,7 @@ def test_it_climbs_and_more_attempts_climb_higher(threshold: float | None, trans
 
 
 def test_a_fixed_bar_spends_on_the_hard_ones_and_stops_when_it_is_passed() -> None:
-    output = Backtracking(20, threshold=-2.0, checks=1).sample(problem("ring", SHORT, 60))
+    output = run(Backtracking(20, threshold=-2.0, checks=1), problem("ring", SHORT, 60))
     (entry,) = output.trace["levels"]
     assert output.rewards is not None
     assert len({len(scores) for scores in entry["scores"]}) > 3, "compute adapts to the prompt"
@@ -43,7 +44,7 @@ def test_a_fixed_bar_spends_on_the_hard_ones_and_stops_when_it_is_passed() -> No
 
 
 def test_the_best_state_seen_goes_on_and_unused_attempts_serve_later_checks() -> None:
-    output = Backtracking(6, checks=3, transition=ANCESTRAL).sample(problem("ring", SHORT, 40))
+    output = run(Backtracking(6, checks=3, transition=ANCESTRAL), problem("ring", SHORT, 40))
     assert [entry["level"] for entry in output.trace["levels"]] == [3, 5, 8]
     used = torch.zeros(40)
     for i, entry in enumerate(output.trace["levels"]):
@@ -59,23 +60,23 @@ def test_the_best_state_seen_goes_on_and_unused_attempts_serve_later_checks() ->
 @pytest.mark.parametrize("transition", [ODE, ANCESTRAL])
 @pytest.mark.parametrize("threshold", [None, 2.0, 4.0])
 def test_a_constant_reward_and_no_attempts_are_the_unguided_run(threshold: Any, transition: Transition) -> None:
-    plain = Unguided(transition).sample(problem("ring", SHORT, 4)).latents
+    plain = run(Unguided(transition), problem("ring", SHORT, 4)).latents
     task = problem("ring", SHORT, 4)
     task.reward, task.value = (lambda x, p: torch.full((len(x),), 3.0)), ConstantValue()
     sampler = Backtracking(3, threshold=threshold, transition=transition)
-    assert torch.equal(sampler.sample(task).latents, plain)
-    assert torch.equal(Backtracking(0, transition=transition).sample(problem("ring", SHORT, 4)).latents, plain)
+    assert torch.equal(run(sampler, task).latents, plain)
+    assert torch.equal(run(Backtracking(0, transition=transition), problem("ring", SHORT, 4)).latents, plain)
 
 
 @pytest.mark.parametrize("caps", [{}, {"evaluations": 20.0}])
 def test_prompts_are_independent_in_what_they_get_and_spend(caps: dict[str, float]) -> None:
     sampler = Backtracking(5, checks=3, transition=ANCESTRAL)
-    whole = sampler.sample(problem("ring", SHORT, 6, **caps))
+    whole = run(sampler, problem("ring", SHORT, 6, **caps))
     for row in (0, 3, 5):
         task = problem("ring", SHORT, 6, **caps)
         task.denoiser.prompts[:] = [f"point {row}"]
         task.streams, task.ledger.images = RandomStreams.for_prompts(0, [f"point {row}"]), 1
-        alone = sampler.sample(task)
+        alone = run(sampler, task)
         assert torch.equal(alone.latents[0], whole.latents[row])
         own = [{k: v for k, v in visit.items() if k != "row"} for visit in whole.trace["visits"] if visit["row"] == row]
         assert [{k: v for k, v in visit.items() if k != "row"} for visit in alone.trace["visits"]] == own
@@ -83,10 +84,10 @@ def test_prompts_are_independent_in_what_they_get_and_spend(caps: dict[str, floa
 
 @pytest.mark.parametrize("cap", [8.0, 8.6, 13.0, 30.0])
 def test_budget_is_a_hard_cap(cap: float) -> None:
-    output = Backtracking(50, threshold=1.0).sample(problem("ring", SHORT, 3, evaluations=cap))
+    output = run(Backtracking(50, threshold=1.0), problem("ring", SHORT, 3, evaluations=cap))
     assert output.ledger.evaluations <= 3 * cap + 1e-6 and output.ledger.stopped == "budget"
     assert output.rewards is not None
-    few = Backtracking(50, checks=1, threshold=1.0).sample(problem("ring", SHORT, 3, reward_calls=4))
+    few = run(Backtracking(50, checks=1, threshold=1.0), problem("ring", SHORT, 3, reward_calls=4))
     assert few.ledger.reward_calls == 12 and len(few.trace["visits"]) == 12
 
 
@@ -101,7 +102,7 @@ def test_an_interrupted_search_returns_the_best_so_far(when: int) -> None:
 
     task = problem("ring", SHORT, 3)
     task.progress = interrupt
-    output = Backtracking(20, checks=1, threshold=1.0).sample(task)
+    output = run(Backtracking(20, checks=1, threshold=1.0), task)
     assert output.ledger.stopped == "interrupted" and output.latents.isfinite().all()
     assert output.rewards is not None
     if when > 8:
@@ -135,4 +136,4 @@ def test_bad_input() -> None:
     task = problem("ring", SHORT, 1)
     task.value = None
     with pytest.raises(ValueError, match="scores noisy latents"):
-        Backtracking().sample(task)
+        run(Backtracking(), task)

@@ -7,17 +7,18 @@ import torch
 from diffusers import DiffusionPipeline
 
 import rsm_guidance as rg
-from rsm_guidance.samplers import BestOfN, Interrupted, Unguided
+from rsm_guidance.samplers.run import run
+from rsm_guidance.samplers import BestOfN, Unguided
 from tests.samplers.cases import ANCESTRAL, SHORT, problem
 
 BAR = -5.0
 TRANSITIONS = [ANCESTRAL, rg.Transition("scheduler"), rg.Transition("glass", 3)]
 
 
-@pytest.mark.parametrize("transition", TRANSITIONS, ids=lambda t: t.kind)
+@pytest.mark.parametrize("transition", TRANSITIONS, ids=lambda t: t.name)
 def test_each_prompt_draws_until_its_first_good_sample(transition: rg.Transition) -> None:
-    full = BestOfN(6, transition).sample(problem("ring", SHORT, 30))
-    output = BestOfN(6, transition, accept=BAR).sample(problem("ring", SHORT, 30))
+    full = run(BestOfN(6, transition), problem("ring", SHORT, 30))
+    output = run(BestOfN(6, transition, accept=BAR), problem("ring", SHORT, 30))
     drawn = []
     for row, all_rewards in enumerate(full.trace["candidates"]["rewards"]):
         first = next((i for i, r in enumerate(all_rewards) if r >= BAR), 5)
@@ -34,22 +35,22 @@ def test_each_prompt_draws_until_its_first_good_sample(transition: rg.Transition
 
 
 def test_a_bar_that_nothing_reaches_is_best_of_n_and_one_that_all_reach_is_unguided() -> None:
-    never = BestOfN(5, ANCESTRAL, accept=1e9).sample(problem("ring", SHORT, 8))
-    full = BestOfN(5, ANCESTRAL).sample(problem("ring", SHORT, 8))
+    never = run(BestOfN(5, ANCESTRAL, accept=1e9), problem("ring", SHORT, 8))
+    full = run(BestOfN(5, ANCESTRAL), problem("ring", SHORT, 8))
     assert torch.equal(never.latents, full.latents) and never.trace["candidates"] == full.trace["candidates"]
-    always = BestOfN(5, ANCESTRAL, accept=-1e9).sample(problem("ring", SHORT, 8))
-    assert torch.equal(always.latents, Unguided(ANCESTRAL).sample(problem("ring", SHORT, 8)).latents)
+    always = run(BestOfN(5, ANCESTRAL, accept=-1e9), problem("ring", SHORT, 8))
+    assert torch.equal(always.latents, run(Unguided(ANCESTRAL), problem("ring", SHORT, 8)).latents)
     assert always.ledger.evaluations == 8 * SHORT.steps
 
 
 def test_prompts_are_independent() -> None:
-    together = BestOfN(6, ANCESTRAL, accept=BAR).sample(problem("ring", SHORT, 9))
-    fewer = BestOfN(6, ANCESTRAL, accept=BAR).sample(problem("ring", SHORT, 4))
+    together = run(BestOfN(6, ANCESTRAL, accept=BAR), problem("ring", SHORT, 9))
+    fewer = run(BestOfN(6, ANCESTRAL, accept=BAR), problem("ring", SHORT, 4))
     assert torch.equal(fewer.latents, together.latents[:4])
 
 
 def test_the_budget_still_holds_and_an_interruption_keeps_the_best() -> None:
-    capped = BestOfN(6, ANCESTRAL, accept=1e9).sample(problem("ring", SHORT, 4, evaluations=2.5 * SHORT.steps))
+    capped = run(BestOfN(6, ANCESTRAL, accept=1e9), problem("ring", SHORT, 4, evaluations=2.5 * SHORT.steps))
     assert capped.ledger.stopped == "budget" and capped.ledger.evaluations == 4 * 2 * SHORT.steps
     task, seen = problem("ring", SHORT, 30), []
 
@@ -59,15 +60,15 @@ def test_the_budget_still_holds_and_an_interruption_keeps_the_best() -> None:
             raise KeyboardInterrupt
 
     task.progress = interrupt
-    cut = BestOfN(6, ANCESTRAL, accept=BAR).sample(task)
-    two = BestOfN(2, ANCESTRAL, accept=BAR).sample(problem("ring", SHORT, 30))
+    cut = run(BestOfN(6, ANCESTRAL, accept=BAR), task)
+    two = run(BestOfN(2, ANCESTRAL, accept=BAR), problem("ring", SHORT, 30))
     assert cut.ledger.stopped == "interrupted" and torch.equal(cut.latents, two.latents)
     assert set(seen) == {30}, "what is shown is one estimate per prompt, of those that are done, too"
     with pytest.raises(ValueError, match="accept must be finite"):
         BestOfN(accept=float("nan"))
 
 
-@pytest.mark.parametrize("transition", [rg.Transition("scheduler"), rg.Transition("cps", 0.9)], ids=lambda t: t.kind)
+@pytest.mark.parametrize("transition", [rg.Transition("scheduler"), rg.Transition("cps", 0.9)], ids=lambda t: t.name)
 def test_in_a_pipeline_rows_drop_out(guided: DiffusionPipeline, transition: rg.Transition) -> None:
     def blueness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         easy = torch.tensor([prompt.startswith("a blue") for prompt in prompts])
@@ -88,5 +89,5 @@ def test_in_a_pipeline_rows_drop_out(guided: DiffusionPipeline, transition: rg.T
 
 def test_an_interruption_before_the_first_step_is_passed_on() -> None:
     task = problem("ring", SHORT, 2, seconds=1e-9)
-    with pytest.raises(Interrupted):
-        BestOfN(3, ANCESTRAL, accept=BAR).sample(task)
+    with pytest.raises(KeyboardInterrupt):
+        run(BestOfN(3, ANCESTRAL, accept=BAR), task)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import rsm_guidance as rg
+from rsm_guidance.samplers.run import run
 from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.core.schedule import Prediction
 from rsm_guidance.core.transitions import Gaussian, Transition
@@ -32,7 +33,7 @@ class Affine(ConstantValue):
 @pytest.mark.parametrize("exact", [True, False])
 def test_it_climbs_and_more_noises_climb_higher(weights: Any, exact: bool) -> None:
     def mean(sampler: Any) -> float:
-        rewards = sampler.sample(problem("ring", SHORT, 200, exact)).rewards
+        rewards = run(sampler, problem("ring", SHORT, 200, exact)).rewards
         assert rewards is not None
         return float(rewards.mean())
 
@@ -43,12 +44,12 @@ def test_it_climbs_and_more_noises_climb_higher(weights: Any, exact: bool) -> No
 @pytest.mark.parametrize("weights", ["tanh", "softmax"])
 @pytest.mark.parametrize("transition", [ANCESTRAL, CPS])
 def test_a_constant_reward_and_one_noise_are_the_unguided_run(transition: Transition, weights: Any) -> None:
-    plain = Unguided(transition).sample(problem("ring", SHORT, 4)).latents
+    plain = run(Unguided(transition), problem("ring", SHORT, 4)).latents
     for constant in (3.0, 0.1, 1e9 + 0.3):
         task = problem("ring", SHORT, 4)
         task.value = Affine(ConstantValue(), 1.0, constant)
-        assert torch.equal(Demon(5, weights, transition=transition).sample(task).latents, plain)
-    assert torch.equal(Demon(1, transition=transition).sample(problem("ring", SHORT, 4)).latents, plain)
+        assert torch.equal(run(Demon(5, weights, transition=transition), task).latents, plain)
+    assert torch.equal(run(Demon(1, transition=transition), problem("ring", SHORT, 4)).latents, plain)
 
 
 def test_the_noise_is_the_weighted_sum_at_the_length_of_a_noise() -> None:
@@ -66,7 +67,7 @@ def test_the_noise_is_the_weighted_sum_at_the_length_of_a_noise() -> None:
 
 
 def test_the_rewards_unit_and_origin_do_not_matter_and_the_trace_says_all() -> None:
-    output = Demon(4).sample(problem("ring", SHORT, 5))
+    output = run(Demon(4), problem("ring", SHORT, 5))
     trace = json.loads(json.dumps(output.trace))
     assert [entry["level"] for entry in trace["levels"]] == list(range(1, SHORT.steps))
     for entry in trace["levels"]:
@@ -75,27 +76,27 @@ def test_the_rewards_unit_and_origin_do_not_matter_and_the_trace_says_all() -> N
         assert scores.argmax(1).tolist() == entry["chosen"] and weights.abs().max() < 1
     task = problem("ring", SHORT, 5)
     task.value = Affine(task.value, 1e3, 64.0)
-    assert torch.allclose(Demon(4).sample(task).latents, output.latents, atol=1e-6)
+    assert torch.allclose(run(Demon(4), task).latents, output.latents, atol=1e-6)
 
 
 def test_prompts_are_independent() -> None:
-    together = Demon(4).sample(problem("ring", SHORT, 5)).latents
+    together = run(Demon(4), problem("ring", SHORT, 5)).latents
     for row in (0, 3):
         task = problem("ring", SHORT, 5)
         task.denoiser.prompts[:] = [f"point {row}"]
         task.streams = RandomStreams.for_prompts(0, [f"point {row}"])
-        assert torch.equal(Demon(4).sample(task).latents[0], together[row])
+        assert torch.equal(run(Demon(4), task).latents[0], together[row])
 
 
 def test_the_window_bounds_what_is_judged() -> None:
-    output = Demon(4, window=(0.3, 0.7)).sample(problem("ring", SHORT, 2))
+    output = run(Demon(4, window=(0.3, 0.7)), problem("ring", SHORT, 2))
     assert all(0.3 <= float(SHORT.sigma[entry["level"]]) <= 0.7 for entry in output.trace["levels"])
     assert output.ledger.value_evaluations == 2 * 4 * len(output.trace["levels"])
 
 
 @pytest.mark.parametrize("cap", [8.0, 11.0, 19.3])
 def test_budget_is_a_hard_cap(cap: float) -> None:
-    output = Demon(4).sample(problem("ring", SHORT, 3, evaluations=cap))
+    output = run(Demon(4), problem("ring", SHORT, 3, evaluations=cap))
     assert output.ledger.evaluations <= 3 * cap and output.ledger.stopped == "budget"
     assert len(output.trace["levels"]) == int((cap - 8) / 2)
 
@@ -107,7 +108,7 @@ def test_an_interrupted_run_returns_its_estimate() -> None:
 
     task = problem("ring", SHORT, 3)
     task.progress = interrupt
-    output = Demon(4).sample(task)
+    output = run(Demon(4), task)
     assert output.ledger.stopped == "interrupted" and output.latents.isfinite().all()
 
 
@@ -134,4 +135,4 @@ def test_bad_input() -> None:
     task = problem("ring", SHORT, 1)
     task.value = None
     with pytest.raises(ValueError, match="scores noisy latents"):
-        Demon().sample(task)
+        run(Demon(), task)

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from rsm_guidance.samplers.run import run
 from rsm_guidance.core.transitions import Transition
 from rsm_guidance.samplers import BestOfN, Funnel, Unguided
 from tests.samplers.cases import ANCESTRAL, SHORT, ConstantValue, problem
@@ -20,35 +21,35 @@ def test_the_population_shrinks_from_all_to_the_survivors() -> None:
 def test_it_costs_what_it_says_and_beats_unguided(sampler: Funnel) -> None:
     task = problem("ring", SHORT, 60)
     expected, calls = sampler.cost(task, sampler.candidates)
-    output = sampler.sample(task)
+    output = run(sampler, task)
     assert output.rewards is not None
     if sampler.survivors == 1:
         calls += 1  # the survivor, judged for the output
     assert output.ledger.evaluations == pytest.approx(60 * expected)
-    plain = Unguided(sampler.transition).sample(problem("ring", SHORT, 60)).rewards
+    plain = run(Unguided(sampler.transition), problem("ring", SHORT, 60)).rewards
     assert plain is not None and output.rewards.mean() > plain.mean() + 2
 
 
 def test_no_pruning_is_best_of_n_and_a_constant_reward_is_unguided() -> None:
     funnel, best = Funnel(4, 4, transition=ANCESTRAL), BestOfN(4, ANCESTRAL)
-    assert torch.equal(funnel.sample(problem("ring", SHORT, 5)).latents, best.sample(problem("ring", SHORT, 5)).latents)
-    plain = Unguided(ANCESTRAL).sample(problem("ring", SHORT, 5)).latents
-    assert torch.equal(Funnel(1, 1, transition=ANCESTRAL).sample(problem("ring", SHORT, 5)).latents, plain)
+    assert torch.equal(run(funnel, problem("ring", SHORT, 5)).latents, run(best, problem("ring", SHORT, 5)).latents)
+    plain = run(Unguided(ANCESTRAL), problem("ring", SHORT, 5)).latents
+    assert torch.equal(run(Funnel(1, 1, transition=ANCESTRAL), problem("ring", SHORT, 5)).latents, plain)
     task = problem("ring", SHORT, 5)
     task.value, task.reward = ConstantValue(), lambda x, p: torch.zeros(len(x))
-    assert torch.equal(Funnel(6, 2, transition=ANCESTRAL).sample(task).latents, plain)
+    assert torch.equal(run(Funnel(6, 2, transition=ANCESTRAL), task).latents, plain)
 
 
 def test_rows_are_independent() -> None:
-    together = Funnel(6, 2, transition=ANCESTRAL).sample(problem("ring", SHORT, 7)).latents
-    alone = Funnel(6, 2, transition=ANCESTRAL).sample(problem("ring", SHORT, 1)).latents
+    together = run(Funnel(6, 2, transition=ANCESTRAL), problem("ring", SHORT, 7)).latents
+    alone = run(Funnel(6, 2, transition=ANCESTRAL), problem("ring", SHORT, 1)).latents
     assert torch.equal(alone[0], together[0])
 
 
 def test_budget_interruption_and_bad_input() -> None:
     sampler = Funnel(8, 2, transition=ANCESTRAL)
     cap = sampler.cost(problem("ring", SHORT, 1), 5)[0] + 0.1
-    output = sampler.sample(problem("ring", SHORT, 3, evaluations=cap))
+    output = run(sampler, problem("ring", SHORT, 3, evaluations=cap))
     assert output.ledger.stopped == "budget" and 3 * (cap - 4) < output.ledger.evaluations <= 3 * cap
 
     def interrupt(progress: Any) -> None:
@@ -57,7 +58,7 @@ def test_budget_interruption_and_bad_input() -> None:
 
     task = problem("ring", SHORT, 3)
     task.progress = interrupt
-    output = sampler.sample(task)
+    output = run(sampler, task)
     assert output.ledger.stopped == "interrupted" and output.latents.shape == (3, 2)
     for options, words in (
         ({"candidates": 0}, "survivors must lie between"),

@@ -7,6 +7,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 import rsm_guidance as rg
+from rsm_guidance.samplers.run import run
 from rsm_guidance.samplers import BestOfN, Monitor, Watch
 from tests.samplers.cases import ANCESTRAL, SHORT, problem
 
@@ -32,7 +33,7 @@ def test_a_run_that_over_optimises_is_stopped_and_returns_its_best() -> None:
     task = problem("ring", SHORT, 6)
     guide = task.reward
     task.watch = Watch(Monitor(lambda x, p: -guide(x, p), patience=1), 6)  # type: ignore[misc]
-    output = BestOfN(400, ANCESTRAL, batch_rows=6).sample(task)
+    output = run(BestOfN(400, ANCESTRAL, batch_rows=6), task)
     assert output.ledger.stopped == "over-optimised"
     tried = len(output.trace["candidates"]["rewards"][0])
     assert 2 <= tried < 400 and output.rewards is not None
@@ -41,7 +42,7 @@ def test_a_run_that_over_optimises_is_stopped_and_returns_its_best() -> None:
     free = problem("ring", SHORT, 6)
     assert guide is not None
     free.watch = Watch(Monitor(guide, patience=1), 6)
-    assert BestOfN(8, ANCESTRAL).sample(free).ledger.stopped is None, "a monitor that agrees never stops"
+    assert run(BestOfN(8, ANCESTRAL), free).ledger.stopped is None, "a monitor that agrees never stops"
 
 
 def test_it_watches_through_the_pipeline(guided: DiffusionPipeline, drm: rg.DiffusionRewardModel) -> None:

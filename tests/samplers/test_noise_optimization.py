@@ -11,14 +11,15 @@ from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from torch import Tensor
 
 import rsm_guidance as rg
+from rsm_guidance.samplers.run import run
 from rsm_guidance.core.ledger import Ledger
 from rsm_guidance.core.noise_prior import improbability
 from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.core.transitions import Transition
 from rsm_guidance.engine import PipelineDenoiser
-from rsm_guidance.samplers import Problem, Unguided
-from rsm_guidance.samplers.noise_optimization import NoiseOptimization, _Climb
-from tests.samplers.cases import ANCESTRAL, SHORT, problem
+from rsm_guidance.samplers import Task, Unguided
+from rsm_guidance.samplers.noise_optimization import Climb, NoiseOptimization
+from tests.samplers.cases import ANCESTRAL, SHORT, exhausted, problem
 
 ODE = Transition("ode")
 VARIANTS = [
@@ -34,7 +35,7 @@ def smooth(images: Tensor, prompts: list[str]) -> Tensor:
     return (images[:, 0] - 0.5 * images[:, 1] * images[:, 2]).mean((1, 2))
 
 
-def shapes(stock: StableDiffusion3Pipeline, seeds: tuple[int, ...] = (3, 4)) -> Problem:
+def shapes(stock: StableDiffusion3Pipeline, seeds: tuple[int, ...] = (3, 4)) -> Task:
     prompts = ["two red circles and a blue square", "a red star"][: len(seeds)]
     call = {
         "prompt": prompts,
@@ -43,14 +44,15 @@ def shapes(stock: StableDiffusion3Pipeline, seeds: tuple[int, ...] = (3, 4)) -> 
         "generator": [torch.Generator().manual_seed(s) for s in seeds],
     }
     ledger = Ledger(images=len(prompts))
-    return Problem(PipelineDenoiser(stock, call, ledger), RandomStreams.for_prompts(0, prompts), ledger, reward=smooth)
+    return Task(PipelineDenoiser(stock, call), RandomStreams.for_prompts(0, prompts), ledger, reward=smooth)
 
 
-def gradients(task: Problem, **options: Any) -> list[Tensor]:
-    climb = _Climb(NoiseOptimization(**options), task)
+def gradients(task: Task, **options: Any) -> list[Tensor]:
+    climb = Climb(NoiseOptimization(**options), task)
     with torch.no_grad():
-        climb.evaluate(True)
-        return climb._gradients(0)
+        exhausted(climb.evaluate(True))
+        found: list[Tensor] = exhausted(climb.gradients(0))
+        return found
 
 
 @pytest.mark.parametrize("options", VARIANTS)
@@ -63,7 +65,7 @@ def test_the_gradient_of_a_whole_run_is_exact_and_checkpointing_does_not_change_
     for place in range(len(kept)):  # against differences of whole runs
 
         def run(shift: float, place: int = place) -> Tensor:
-            climb = _Climb(NoiseOptimization(**options), problem("linear", SHORT, 3))
+            climb = Climb(NoiseOptimization(**options), problem("linear", SHORT, 3))
             climb.noises[place] = climb.noises[place] + shift
             climb.evaluate(False)
             return climb.history[0]
@@ -92,7 +94,7 @@ def test_checkpointing_through_the_pipeline_gives_the_same_gradients(
         u = torch.randn(task.initial(0).shape, generator=torch.Generator().manual_seed(1))
         rewards = []
         for h in (0.005, -0.005):
-            climb = _Climb(NoiseOptimization(what=what, transition=transition), task)  # type: ignore[arg-type]
+            climb = Climb(NoiseOptimization(what=what, transition=transition), task)  # type: ignore[arg-type]
             climb.noises[0] = climb.noises[0] + h * u
             climb.evaluate(False)
             rewards.append(climb.history[0])
@@ -112,10 +114,10 @@ def test_the_estimated_gradient_agrees_with_the_exact_one() -> None:
 @pytest.mark.parametrize("gradient", ["exact", "zeroth-order"])
 @pytest.mark.parametrize("options", VARIANTS)
 def test_it_climbs(options: dict[str, Any], gradient: Any) -> None:
-    output = NoiseOptimization(8, gradient=gradient, **options).sample(problem("linear", SHORT, 60))
+    output = run(NoiseOptimization(8, gradient=gradient, **options), problem("linear", SHORT, 60))
     table = torch.tensor(json.loads(json.dumps(output.trace))["candidates"]["rewards"], dtype=torch.float64)
     assert table.shape == (60, 9) and output.rewards is not None
-    plain = Unguided(options["transition"]).sample(problem("linear", SHORT, 60)).rewards
+    plain = run(Unguided(options["transition"]), problem("linear", SHORT, 60)).rewards
     assert plain is not None and torch.equal(table[:, 0], plain), "the climb starts at the unguided image"
     assert torch.equal(table.amax(1), output.rewards)
     assert output.rewards.mean() > plain.mean() + 0.5
@@ -129,36 +131,36 @@ def test_black_box_rewards_need_an_estimate_and_get_one() -> None:
     task = problem("linear", SHORT, 40)
     task.reward = black_box
     with pytest.raises(ValueError, match="black_box is not differentiable.*zeroth-order"):
-        NoiseOptimization().sample(task)
+        run(NoiseOptimization(), task)
     task = problem("linear", SHORT, 40)
     task.reward = black_box
-    output = NoiseOptimization(8, gradient="zeroth-order").sample(task)
+    output = run(NoiseOptimization(8, gradient="zeroth-order"), task)
     first = torch.tensor(output.trace["candidates"]["rewards"])[:, 0]
     assert output.rewards is not None and output.rewards.mean() > first.mean() + 0.02
 
 
 @pytest.mark.parametrize("options", VARIANTS)
 def test_a_constant_reward_and_no_iterations_are_the_unguided_run(options: dict[str, Any]) -> None:
-    plain = Unguided(options["transition"]).sample(problem("ring", SHORT, 4)).latents
+    plain = run(Unguided(options["transition"]), problem("ring", SHORT, 4)).latents
     task = problem("ring", SHORT, 4)
     task.reward = lambda x, p: 2 + 0 * x.sum(1)
-    assert torch.equal(NoiseOptimization(3, **options).sample(task).latents, plain)
-    assert torch.equal(NoiseOptimization(0, **options).sample(problem("ring", SHORT, 4)).latents, plain)
+    assert torch.equal(run(NoiseOptimization(3, **options), task).latents, plain)
+    assert torch.equal(run(NoiseOptimization(0, **options), problem("ring", SHORT, 4)).latents, plain)
 
 
 @pytest.mark.parametrize("options", VARIANTS)
 def test_prompts_are_independent_and_the_rewards_unit_does_not_matter(options: dict[str, Any]) -> None:
     sampler = NoiseOptimization(3, gradient="zeroth-order", **options)
-    together = sampler.sample(problem("ring", SHORT, 5)).latents
+    together = run(sampler, problem("ring", SHORT, 5)).latents
     for row in (0, 3):
         task = problem("ring", SHORT, 5)
         task.denoiser.prompts[:] = [f"point {row}"]
         task.streams = RandomStreams.for_prompts(0, [f"point {row}"])
-        assert torch.allclose(sampler.sample(task).latents[0], together[row], atol=1e-6)
+        assert torch.allclose(run(sampler, task).latents[0], together[row], atol=1e-6)
     task = problem("ring", SHORT, 5)
     inner = task.reward
     task.reward = lambda x, p: 1e6 * inner(x, p)  # type: ignore[misc]
-    assert torch.allclose(sampler.sample(task).latents, together, atol=1e-4)
+    assert torch.allclose(run(sampler, task).latents, together, atol=1e-4)
 
 
 def test_gradients_that_are_not_finite_are_skipped_and_the_step_shrinks() -> None:
@@ -169,7 +171,7 @@ def test_gradients_that_are_not_finite_are_skipped_and_the_step_shrinks() -> Non
 
     task = problem("linear", SHORT, 30)
     task.reward = fragile
-    output = NoiseOptimization(6).sample(task)
+    output = run(NoiseOptimization(6), task)
     assert output.latents.isfinite().all() and output.rewards is not None
     rates = torch.tensor([entry["rate"] for entry in output.trace["iterations"]])
     norms = [[n is None for n in entry["gradient_norm"]] for entry in output.trace["iterations"]]
@@ -190,9 +192,9 @@ def test_a_run_that_overflows_keeps_the_best_image() -> None:
 
     object.__setattr__(task.denoiser, "predict", overflowing)
     with torch.no_grad():
-        output = NoiseOptimization(5).sample(task)
+        output = run(NoiseOptimization(5), task)
     assert output.latents.isfinite().all() and output.rewards is not None and output.rewards.isfinite().all()
-    plain = Unguided(ODE).sample(problem("ring", SHORT, 6)).rewards
+    plain = run(Unguided(ODE), problem("ring", SHORT, 6)).rewards
     assert plain is not None and (output.rewards >= plain).all()
 
 
@@ -208,7 +210,7 @@ def test_the_priors_know_noise_when_they_see_it() -> None:
         free, held = (NoiseOptimization(20, 0.1, what=what, prior=p, transition=ANCESTRAL) for p in (0.0, 20.0))  # type: ignore[arg-type]
         lengths = []
         for sampler in (free, held):
-            climb = _Climb(sampler, problem("linear", SHORT, 30))
+            climb = Climb(sampler, problem("linear", SHORT, 30))
             for i in range(20):
                 climb.evaluate(True)
                 climb.ascend(i)
@@ -220,13 +222,13 @@ def test_the_priors_know_noise_when_they_see_it() -> None:
 @pytest.mark.parametrize("cap", [8.0, 30.0, 60.0])
 def test_budget_is_a_hard_cap(cap: float, gradient: Any) -> None:
     sampler = NoiseOptimization(50, gradient=gradient)
-    output = sampler.sample(problem("ring", SHORT, 3, evaluations=cap))
+    output = run(sampler, problem("ring", SHORT, 3, evaluations=cap))
     assert output.ledger.evaluations <= 3 * cap and output.ledger.stopped == "budget"
     steps = len(output.trace["candidates"]["rewards"][0]) - 1
     assert steps == (cap - 8) // (8 + 7 + 16)
     calls = 2 + 33
     task = problem("ring", SHORT, 3, reward_calls=calls)
-    assert sampler.sample(task).ledger.reward_calls <= 3 * calls
+    assert run(sampler, task).ledger.reward_calls <= 3 * calls
 
 
 @pytest.mark.parametrize("when", [3, 14, 40])
@@ -240,7 +242,7 @@ def test_an_interrupted_climb_returns_the_best_so_far(when: int) -> None:
 
     task = problem("ring", SHORT, 3)
     task.progress = interrupt
-    output = NoiseOptimization(8).sample(task)
+    output = run(NoiseOptimization(8), task)
     assert output.ledger.stopped == "interrupted" and output.latents.isfinite().all()
     assert output.rewards is not None and output.latents.shape == (3, 2)
 
@@ -278,7 +280,7 @@ def test_bad_input() -> None:
     task = problem("ring", SHORT, 1)
     task.value = task.reward = None
     with pytest.raises(ValueError, match="compares candidates"):
-        NoiseOptimization().sample(task)
+        run(NoiseOptimization(), task)
 
 
 @pytest.mark.parametrize("steps", [1, 2])

@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchHeunDiscreteScheduler, StableDiffusion3Pipeline
 
 import rsm_guidance as rg
+from rsm_guidance.samplers.run import run
 from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.core.schedule import NoiseSchedule
 from rsm_guidance.core.transitions import Transition
@@ -49,21 +50,21 @@ def test_following_from_the_stock_start_is_bitwise_stock(stock: StableDiffusion3
 
 @pytest.mark.parametrize("transition", [Transition("scheduler"), ODE, ANCESTRAL])
 def test_random_is_best_of_n_and_so_is_one_round_of_deterministic_steps(transition: Transition) -> None:
-    best = BestOfN(6, transition).sample(problem("ring", SHORT, 5))
-    random = NoiseSearch("random", 3, 2, transition=transition).sample(problem("ring", SHORT, 5))
+    best = run(BestOfN(6, transition), problem("ring", SHORT, 5))
+    random = run(NoiseSearch("random", 3, 2, transition=transition), problem("ring", SHORT, 5))
     assert torch.equal(random.latents, best.latents) and random.trace["candidates"] == best.trace["candidates"]
     assert random.trace["sampler"]["name"] == "noise-search" and random.trace["sampler"]["rounds"] == 2
     if not transition.stochastic:
-        one = NoiseSearch("zero-order", 6, 1, transition=transition).sample(problem("ring", SHORT, 5))
+        one = run(NoiseSearch("zero-order", 6, 1, transition=transition), problem("ring", SHORT, 5))
         assert torch.equal(one.latents, best.latents)
-        still = NoiseSearch("zero-order", 3, 2, radius=1.0, transition=transition).sample(problem("ring", SHORT, 5))
+        still = run(NoiseSearch("zero-order", 3, 2, radius=1.0, transition=transition), problem("ring", SHORT, 5))
         assert torch.equal(still.latents, best.latents), "neighbours at radius 1 are independent starts"
 
 
 @pytest.mark.parametrize("branches", [1, 3])
 @pytest.mark.parametrize("transition", [ODE, ANCESTRAL])
 def test_a_constant_reward_leaves_the_unguided_run(transition: Transition, branches: int) -> None:
-    plain = Unguided(transition).sample(problem("ring", SHORT, 4)).latents
+    plain = run(Unguided(transition), problem("ring", SHORT, 4)).latents
     for sampler in (
         NoiseSearch("zero-order", 3, 3, transition=transition),
         NoiseSearch("paths", 3, 2, branches=branches, transition=transition),
@@ -71,35 +72,35 @@ def test_a_constant_reward_leaves_the_unguided_run(transition: Transition, branc
     ):
         task = problem("ring", SHORT, 4)
         task.reward, task.value = (lambda x, p: torch.zeros(len(x))), ConstantValue()
-        assert torch.equal(sampler.sample(task).latents, plain)
+        assert torch.equal(run(sampler, task).latents, plain)
 
 
 def test_one_branch_is_best_of_n() -> None:
-    best = BestOfN(4, ODE).sample(problem("ring", SHORT, 5))
-    paths = NoiseSearch("paths", 4, 3, branches=1).sample(problem("ring", SHORT, 5))
+    best = run(BestOfN(4, ODE), problem("ring", SHORT, 5))
+    paths = run(NoiseSearch("paths", 4, 3, branches=1), problem("ring", SHORT, 5))
     assert torch.equal(paths.latents, best.latents)
     assert paths.ledger.denoiser_evaluations == best.ledger.denoiser_evaluations
     assert paths.trace["sampler"]["transition"]["kind"] == "ode", "the trace says how it stepped"
 
 
 def test_rounds_climb_and_every_candidate_is_in_the_trace() -> None:
-    output = NoiseSearch("zero-order", 4, 5).sample(problem("ring", SHORT, 100))
+    output = run(NoiseSearch("zero-order", 4, 5), problem("ring", SHORT, 100))
     rounds = torch.tensor([entry["best"] for entry in output.trace["rounds"]]).mean(1)
     assert (rounds.diff() > 0).all()
     table = torch.tensor(json.loads(json.dumps(output.trace))["candidates"]["rewards"], dtype=torch.float64)
     assert table.shape == (100, 20) and output.rewards is not None
     assert torch.equal(table.amax(1), output.rewards)
     assert torch.equal(table.argmax(1), torch.tensor(output.trace["candidates"]["chosen"]))
-    local = NoiseSearch("zero-order", 1, 20, radius=0.3).sample(problem("ring", SHORT, 100)).rewards
-    plain = Unguided(ODE).sample(problem("ring", SHORT, 100)).rewards
+    local = run(NoiseSearch("zero-order", 1, 20, radius=0.3), problem("ring", SHORT, 100)).rewards
+    plain = run(Unguided(ODE), problem("ring", SHORT, 100)).rewards
     assert local is not None and plain is not None and local.mean() > plain.mean() + 2
 
 
 @pytest.mark.parametrize("transition", [ODE, ANCESTRAL])
 def test_branches_beat_as_many_independent_paths(transition: Transition) -> None:
     sampler = NoiseSearch("paths", 2, 3, branches=3, start=0.9, transition=transition)
-    output = sampler.sample(problem("ring", SHORT, 200))
-    best = BestOfN(2, transition).sample(problem("ring", SHORT, 200)).rewards
+    output = run(sampler, problem("ring", SHORT, 200))
+    best = run(BestOfN(2, transition), problem("ring", SHORT, 200)).rewards
     assert output.rewards is not None and best is not None
     assert output.rewards.mean() > best.mean() + 0.5
     for entry in output.trace["levels"]:
@@ -133,19 +134,19 @@ def test_noising_back_keeps_the_marginal() -> None:
     "sampler", [NoiseSearch(), NoiseSearch(transition=ANCESTRAL), NoiseSearch("paths"), NoiseSearch("random")]
 )
 def test_prompts_are_independent(sampler: NoiseSearch) -> None:
-    together = sampler.sample(problem("ring", SHORT, 5)).latents
+    together = run(sampler, problem("ring", SHORT, 5)).latents
     for row in (0, 3):
         task = problem("ring", SHORT, 5)
         task.denoiser.prompts[:] = [f"point {row}"]
         task.streams = RandomStreams.for_prompts(0, [f"point {row}"])
-        assert torch.equal(sampler.sample(task).latents[0], together[row])
+        assert torch.equal(run(sampler, task).latents[0], together[row])
 
 
 @pytest.mark.parametrize("cap", [SHORT.steps + 0.5, 20.0, 33.3])
 @pytest.mark.parametrize("mode", ["random", "zero-order", "paths"])
 def test_budget_is_a_hard_cap(mode: Any, cap: float) -> None:
     task = problem("ring", SHORT, 3, evaluations=cap)
-    output = NoiseSearch(mode, 4, 3, transition=ANCESTRAL).sample(task)
+    output = run(NoiseSearch(mode, 4, 3, transition=ANCESTRAL), task)
     assert output.ledger.evaluations <= 3 * cap + 1e-6 and output.ledger.stopped == "budget"
     assert output.rewards is not None
 
@@ -162,7 +163,7 @@ def test_an_interrupted_search_returns_the_best_so_far(mode: Any, when: int) -> 
 
     task = problem("ring", SHORT, 3)
     task.progress = interrupt
-    output = NoiseSearch(mode, 2, 3, transition=ANCESTRAL).sample(task)
+    output = run(NoiseSearch(mode, 2, 3, transition=ANCESTRAL), task)
     assert output.ledger.stopped == "interrupted" and output.latents.isfinite().all()
     assert output.latents.shape == (3, 2) and output.rewards is not None
 
@@ -208,7 +209,7 @@ def test_bad_input() -> None:
     task = problem("ring", SHORT, 1)
     task.value = None
     with pytest.raises(ValueError, match="scores noisy latents"):
-        NoiseSearch("paths").sample(task)
+        run(NoiseSearch("paths"), task)
     task.reward = None
     with pytest.raises(ValueError, match="compares candidates"):
-        NoiseSearch().sample(task)
+        run(NoiseSearch(), task)

@@ -4,12 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from rsm_guidance.samplers.run import run
 from rsm_guidance.core.ledger import Budget, Ledger
-from rsm_guidance.oracles.mixture import GaussianMixture, GaussianMixtureDenoiser, QuadraticReward, value
+from rsm_guidance.oracles.cases import MixtureValue
+from rsm_guidance.oracles.mixture import GaussianMixture, GaussianMixtureDenoiser, QuadraticReward
 from rsm_guidance.core.random import RandomStreams
-from rsm_guidance.core.schedule import NoiseSchedule, Prediction
+from rsm_guidance.core.schedule import NoiseSchedule
 from rsm_guidance.core.transitions import Transition
-from rsm_guidance.samplers import BestOfN, Problem, Sampler, StepwiseSampling, Unguided
+from rsm_guidance.samplers import BestOfN, Sampler, StepwiseSampling, Task, Unguided
 
 MIXTURE = GaussianMixture.from_weights([0.5, 0.5], [[-2.0], [2.0]], 0.25)
 REWARD = QuadraticReward.around(torch.tensor([2.0]), torch.tensor([1.0]))
@@ -17,37 +19,16 @@ SCHEDULE = NoiseSchedule.flow(12)
 ANCESTRAL = Transition("ddim", 1.0)
 
 
-class ExactValue:
-    """V(x_t) = log E[exp(r(x0)) | x_t] in closed form."""
-
-    evaluations_per_row = 0.5
-    reward_calls_per_row = 0
-    reads_prediction = False
-
-    def __init__(self, ledger: Ledger) -> None:
-        self.ledger = ledger
-
-    def __call__(self, x: Tensor, level: int, rows: Tensor, prediction: Prediction | None = None) -> Tensor:
-        self.ledger.charge_value(len(x), 0.5)
-        return value(MIXTURE, REWARD, x.double(), *SCHEDULE.coefficients(level))
-
-
-def problem(count: int, budget: Budget | None = None) -> Problem:
+def problem(count: int, budget: Budget | None = None) -> Task:
     prompts = [f"point {i}" for i in range(count)]
-    ledger = Ledger(budget or Budget(), images=count)
     denoiser = GaussianMixtureDenoiser(MIXTURE, SCHEDULE, prompts)
-    inner = denoiser.predict
-
-    def counted(x: Tensor, level: int, rows: Tensor | None = None) -> Prediction:
-        ledger.denoiser_evaluations += len(x)
-        return inner(x, level, rows)
-
-    object.__setattr__(denoiser, "predict", counted)
-    return Problem(denoiser, RandomStreams.for_prompts(0, prompts), ledger, value=ExactValue(ledger))
+    value = MixtureValue(MIXTURE, REWARD, denoiser, share=0.5)
+    ledger = Ledger(budget or Budget(), images=count)
+    return Task(denoiser, RandomStreams.for_prompts(0, prompts), ledger, value=value)
 
 
 def mean_reward(sampler: Sampler, count: int = 400) -> float:
-    output = sampler.sample(problem(count))
+    output = run(sampler, problem(count))
     assert output.rewards is not None
     return float(output.rewards.mean())
 
@@ -58,7 +39,7 @@ def test_best_of_n_matches_the_expected_maximum() -> None:
     rewards = REWARD(exact)
     for n in (1, 2, 8):
         groups = rewards[: len(rewards) // n * n].view(-1, n).amax(1)
-        sampled = BestOfN(n, ANCESTRAL).sample(problem(1000)).rewards
+        sampled = run(BestOfN(n, ANCESTRAL), problem(1000)).rewards
         assert sampled is not None
         error = float(sampled.std() / 1000**0.5)
         assert abs(float(sampled.mean() - groups.mean())) < 4 * error + 0.15
@@ -72,9 +53,9 @@ def test_stepwise_with_the_exact_value_beats_unguided_and_grows_with_k() -> None
 
 def test_window_and_initial_noises_restrict_the_choice() -> None:
     early = StepwiseSampling(4, ANCESTRAL, window=(0.6, 1.0))
-    output = early.sample(problem(5))
+    output = run(early, problem(5))
     assert all(SCHEDULE.sigma[entry["level"]] >= 0.6 for entry in output.trace["levels"])
-    started = StepwiseSampling(1, ANCESTRAL, initial_candidates=5).sample(problem(5))
+    started = run(StepwiseSampling(1, ANCESTRAL, initial_candidates=5), problem(5))
     assert [entry["level"] for entry in started.trace["levels"]] == [0]
     assert len(started.trace["levels"][0]["scores"][0]) == 5
 
@@ -90,22 +71,22 @@ def test_temperature_interpolates_between_random_and_greedy() -> None:
 
 def test_trajectories_are_best_of_n_over_step_wise_runs() -> None:
     one, three = StepwiseSampling(2, ANCESTRAL), StepwiseSampling(2, ANCESTRAL, trajectories=3)
-    first, best = one.sample(problem(50)), three.sample(problem(50))
+    first, best = run(one, problem(50)), run(three, problem(50))
     assert first.rewards is not None and best.rewards is not None
     table = torch.tensor(best.trace["candidates"]["rewards"], dtype=torch.float64)
     assert table.shape == (50, 3)
     assert torch.allclose(table[:, 0], first.rewards), "trajectory 0 is the single run of the same seed"
     assert torch.equal(best.rewards, table.amax(1)) and best.rewards.mean() > first.rewards.mean()
     assert best.ledger.evaluations == pytest.approx(3 * first.ledger.evaluations)
-    chosen_alone = StepwiseSampling(1, ANCESTRAL, trajectories=4).sample(problem(50)).rewards
-    bon = BestOfN(4, ANCESTRAL).sample(problem(50)).rewards
+    chosen_alone = run(StepwiseSampling(1, ANCESTRAL, trajectories=4), problem(50)).rewards
+    bon = run(BestOfN(4, ANCESTRAL), problem(50)).rewards
     assert chosen_alone is not None and bon is not None
     assert torch.allclose(chosen_alone, bon, atol=1e-5), "one child per level leaves best-of-N"
 
 
 def test_one_denoiser_evaluation_per_parent() -> None:
     task = problem(3)
-    StepwiseSampling(5, ANCESTRAL).sample(task)
+    run(StepwiseSampling(5, ANCESTRAL), task)
     assert task.ledger.denoiser_evaluations == 3 * SCHEDULE.steps
     assert task.ledger.value_evaluations == 3 * (5 * (SCHEDULE.steps - 1) + 1)
 
@@ -119,7 +100,7 @@ def test_budget_is_a_hard_cap(cap: float) -> None:
         Unguided(ANCESTRAL),
     ):
         task = problem(3, Budget(evaluations=cap))
-        output = sampler.sample(task)
+        output = run(sampler, task)
         assert output.ledger.evaluations <= 3 * cap + 1e-6
         assert output.rewards is not None and len(output.rewards) == 3
         if sampler.name != "none":
@@ -128,13 +109,13 @@ def test_budget_is_a_hard_cap(cap: float) -> None:
 
 def test_budget_too_small_for_one_sample_says_so() -> None:
     with pytest.raises(ValueError, match="12 steps at 1 and the final score take 12.5"):
-        Unguided(ANCESTRAL).sample(problem(1, Budget(evaluations=12.0)))
+        run(Unguided(ANCESTRAL), problem(1, Budget(evaluations=12.0)))
 
 
 def test_trace_is_json_and_names_every_choice() -> None:
     import json
 
-    output = StepwiseSampling(3, ANCESTRAL).sample(problem(2))
+    output = run(StepwiseSampling(3, ANCESTRAL), problem(2))
     trace = json.loads(json.dumps(output.trace))
     assert [e["level"] for e in trace["levels"]] == list(range(1, SCHEDULE.steps))
     for entry in trace["levels"]:

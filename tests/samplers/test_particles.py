@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import rsm_guidance as rg
+from rsm_guidance.samplers.run import run
 from rsm_guidance.oracles.mixture import (
     expected_reward,
     tilt,
@@ -44,7 +45,7 @@ from tests.samplers.cases import (
 def test_fk_steering_finds_the_tilted_posterior(case: str, name: str) -> None:
     mixture, reward = CASES[case]
     posterior, log_z = tilt(mixture, reward)
-    output = FKSteering(64, transition=ANCESTRAL).sample(problem(case, SCHEDULES[name], 40))
+    output = run(FKSteering(64, transition=ANCESTRAL), problem(case, SCHEDULES[name], 40))
     mean, error = weighted_reward(output)
     assert abs(mean - float(expected_reward(posterior, reward))) < 3 * error + 0.03
     z, error = mean_normalizer(output)
@@ -60,7 +61,7 @@ def test_any_potential_and_tempering_targets_the_same_posterior_with_a_crude_val
     mixture, reward = CASES["linear"]
     exact = float(expected_reward(tilt(mixture, reward)[0], reward))
     sampler = FKSteering(128, potential=potential, tempering=tempering, interval=10, transition=ANCESTRAL)  # type: ignore[arg-type]
-    mean, error = weighted_reward(sampler.sample(problem("linear", COARSE, 20, exact=False)))
+    mean, error = weighted_reward(run(sampler, problem("linear", COARSE, 20, exact=False)))
     assert abs(mean - exact) < 3 * error + 0.05
 
 
@@ -69,23 +70,23 @@ def test_more_particles_come_closer_and_best_of_n_overshoots() -> None:
     exact = float(expected_reward(tilt(mixture, reward)[0], reward))
     errors = []
     for k in (2, 16, 128):
-        mean, _ = weighted_reward(FKSteering(k, transition=ANCESTRAL).sample(problem("ring", COARSE, 30)))
+        mean, _ = weighted_reward(run(FKSteering(k, transition=ANCESTRAL), problem("ring", COARSE, 30)))
         errors.append(abs(mean - exact))
     assert errors[0] > errors[1] > errors[2] - 0.02
-    best = BestOfN(64, ANCESTRAL).sample(problem("ring", COARSE, 20)).rewards
+    best = run(BestOfN(64, ANCESTRAL), problem("ring", COARSE, 20)).rewards
     assert best is not None and best.mean() > exact + 0.3, "maximising is not sampling"
 
 
 def test_the_normalizer_is_unbiased_at_few_particles() -> None:
     _, log_z = tilt(*CASES["linear"])
-    z, error = mean_normalizer(FKSteering(4, transition=ANCESTRAL).sample(problem("linear", COARSE, 1500)))
+    z, error = mean_normalizer(run(FKSteering(4, transition=ANCESTRAL), problem("linear", COARSE, 1500)))
     assert abs(z - float(log_z.exp())) < 3 * error + 0.02 * float(log_z.exp())
 
 
 def test_returned_samples_follow_the_target() -> None:
     mixture, reward = CASES["linear"]
     sampler = FKSteering(64, returned="sample", transition=ANCESTRAL)
-    output = sampler.sample(problem("linear", COARSE, 150))
+    output = run(sampler, problem("linear", COARSE, 150))
     assert output.rewards is not None
     error = float(output.rewards.std() / 150**0.5)
     assert abs(float(output.rewards.mean()) - float(expected_reward(tilt(mixture, reward)[0], reward))) < 3.5 * error
@@ -96,12 +97,12 @@ def test_returned_samples_follow_the_target() -> None:
 def test_twisted_proposals_find_the_tilted_posterior_with_even_weights(case: str, name: str) -> None:
     mixture, reward = CASES[case]
     posterior, log_z = tilt(mixture, reward)
-    twisted = TwistedSMC(32, transition=ANCESTRAL).sample(problem(case, SCHEDULES[name], 30))
+    twisted = run(TwistedSMC(32, transition=ANCESTRAL), problem(case, SCHEDULES[name], 30))
     mean, error = weighted_reward(twisted)
     assert abs(mean - float(expected_reward(posterior, reward))) < 3 * error + 0.03
     z, error = mean_normalizer(twisted)
     assert abs(z - float(log_z.exp())) < 3 * error + 0.03 * float(log_z.exp())
-    plain = FKSteering(32, transition=ANCESTRAL).sample(problem(case, SCHEDULES[name], 30))
+    plain = run(FKSteering(32, transition=ANCESTRAL), problem(case, SCHEDULES[name], 30))
     assert resampled(twisted) < 0.5 * resampled(plain), "following the exact value's gradient keeps the weights even"
 
 
@@ -117,7 +118,7 @@ def test_twists_from_tweedies_estimate_are_weighed_out(jacobian: bool, power: fl
     mixture, reward = CASES["linear"]
     exact = float(expected_reward(tilt(mixture, reward)[0], reward))
     sampler = TwistedSMC(128, power=power, jacobian=jacobian, transition=ANCESTRAL)
-    mean, error = weighted_reward(sampler.sample(problem("linear", COARSE, 20, exact=False)))
+    mean, error = weighted_reward(run(sampler, problem("linear", COARSE, 20, exact=False)))
     assert abs(mean - exact) < 3 * error + 0.05
 
 
@@ -133,10 +134,10 @@ def test_a_value_without_gradient_is_refused_and_nan_gradients_are_dropped() -> 
     task = problem("ring", SHORT, 3)
     task.value = Blind()
     with pytest.raises(ValueError, match="Blind is not differentiable"):
-        TwistedSMC().sample(task)
+        run(TwistedSMC(), task)
     task = problem("ring", SHORT, 3)
     task.value = Broken()
-    assert TwistedSMC().sample(task).latents.isfinite().all()
+    assert run(TwistedSMC(), task).latents.isfinite().all()
 
 
 # --- identities ---
@@ -155,14 +156,14 @@ def test_a_constant_reward_leaves_the_unguided_run(sampler: Any) -> None:
     task = problem("ring", SHORT, 6)
     task.value, task.reward = None, lambda x, p: torch.zeros(len(x))
     task.value = ConstantValue()
-    plain = Unguided(sampler.transition).sample(problem("ring", SHORT, 6)).latents
-    assert torch.equal(sampler.sample(task).latents, plain)
+    plain = run(Unguided(sampler.transition), problem("ring", SHORT, 6)).latents
+    assert torch.equal(run(sampler, task).latents, plain)
 
 
 @pytest.mark.parametrize("sampler", [FKSteering(1, transition=ANCESTRAL), SVDD(1, transition=ANCESTRAL)])
 def test_one_particle_is_the_unguided_run(sampler: Any) -> None:
-    plain = Unguided(ANCESTRAL).sample(problem("ring", SHORT, 6)).latents
-    assert torch.equal(sampler.sample(problem("ring", SHORT, 6)).latents, plain)
+    plain = run(Unguided(ANCESTRAL), problem("ring", SHORT, 6)).latents
+    assert torch.equal(run(sampler, problem("ring", SHORT, 6)).latents, plain)
 
 
 @pytest.mark.parametrize(
@@ -170,14 +171,14 @@ def test_one_particle_is_the_unguided_run(sampler: Any) -> None:
     [FKSteering(6, transition=ANCESTRAL), SVDD(4, 3, 1.0, ANCESTRAL), TwistedSMC(4, transition=ANCESTRAL)],
 )
 def test_prompts_are_independent_and_shifts_of_the_reward_change_nothing(sampler: Any) -> None:
-    together = sampler.sample(problem("ring", SHORT, 7)).latents
+    together = run(sampler, problem("ring", SHORT, 7)).latents
     for row in (0, 3, 6):
         task = problem("ring", SHORT, 7)
         task.denoiser.prompts[:] = [f"point {row}"]
         alone = Problem(
             task.denoiser, RandomStreams.for_prompts(0, [f"point {row}"]), task.ledger, task.reward, task.value
         )
-        assert torch.equal(sampler.sample(alone).latents[0], together[row])
+        assert torch.equal(run(sampler, alone).latents[0], together[row])
     shifted = problem("ring", SHORT, 7)
     value_of, reward_of = shifted.value, shifted.reward
 
@@ -187,14 +188,14 @@ def test_prompts_are_independent_and_shifts_of_the_reward_change_nothing(sampler
             return value_of(x, level, rows) + 64.0  # a power of two, so that rounding stays the same
 
     shifted.value, shifted.reward = Shifted(), lambda x, p: reward_of(x, p) + 64.0  # type: ignore[misc]
-    assert torch.allclose(sampler.sample(shifted).latents, together)
+    assert torch.allclose(run(sampler, shifted).latents, together)
 
 
 def test_a_block_as_long_as_the_run_is_best_of_n() -> None:
     code, best = SVDD(4, 8, transition=ANCESTRAL), BestOfN(4, ANCESTRAL)
-    assert torch.equal(code.sample(problem("ring", SHORT, 5)).latents, best.sample(problem("ring", SHORT, 5)).latents)
-    stepwise = StepwiseSampling(4, ANCESTRAL).sample(problem("ring", SHORT, 5))
-    svdd = SVDD(4, transition=ANCESTRAL).sample(problem("ring", SHORT, 5))
+    assert torch.equal(run(code, problem("ring", SHORT, 5)).latents, run(best, problem("ring", SHORT, 5)).latents)
+    stepwise = run(StepwiseSampling(4, ANCESTRAL), problem("ring", SHORT, 5))
+    svdd = run(SVDD(4, transition=ANCESTRAL), problem("ring", SHORT, 5))
     assert torch.equal(svdd.latents, stepwise.latents), "a block of one level is step-wise sampling"
     assert svdd.ledger.evaluations == stepwise.ledger.evaluations
 
@@ -204,7 +205,7 @@ def test_a_block_as_long_as_the_run_is_best_of_n() -> None:
 
 def test_increments_are_carried_when_no_resampling_is_due() -> None:
     """A threshold that is never reached: the final weights must be those of the final rewards alone."""
-    output = FKSteering(8, threshold=1e-6, transition=ANCESTRAL).sample(problem("ring", SHORT, 4))
+    output = run(FKSteering(8, threshold=1e-6, transition=ANCESTRAL), problem("ring", SHORT, 4))
     rewards = torch.tensor(output.trace["candidates"]["rewards"], dtype=torch.float64)
     weights = torch.tensor(output.trace["candidates"]["log_weights"], dtype=torch.float64)
     assert torch.allclose(weights, rewards.log_softmax(-1))
@@ -215,7 +216,7 @@ def test_huge_rewards_neither_overflow_nor_tie() -> None:
     task = problem("ring", SHORT, 4)
     mild = task.reward
     task.reward = lambda x, p: 1e5 * mild(x, p)  # type: ignore[misc]
-    output = FKSteering(8, temperature=1.0, transition=ANCESTRAL).sample(task)
+    output = run(FKSteering(8, temperature=1.0, transition=ANCESTRAL), task)
     assert output.latents.isfinite().all() and output.log_normalizer is not None
     assert output.log_normalizer.isfinite().all()
     rewards = torch.tensor(output.trace["candidates"]["rewards"])
@@ -223,9 +224,7 @@ def test_huge_rewards_neither_overflow_nor_tie() -> None:
 
 
 def test_the_last_step_weighs_and_every_prompt_gets_its_sample() -> None:
-    output = FKSteering(8, returned="sample", window=(0.999, 1.0), transition=ANCESTRAL).sample(
-        problem("ring", SHORT, 9)
-    )
+    output = run(FKSteering(8, returned="sample", window=(0.999, 1.0), transition=ANCESTRAL), problem("ring", SHORT, 9))
     assert output.latents.shape == (9, 2) and not output.trace["levels"]
     weights = torch.tensor(output.trace["candidates"]["log_weights"])
     assert (weights.std(1) > 0.1).all(), "particles that were never resampled still count by their rewards"
@@ -246,7 +245,7 @@ def test_an_interrupted_run_returns_a_particle_that_survived(sampler: Any) -> No
 
     object.__setattr__(task.denoiser, "predict", recorded)
     task.progress = interrupt
-    output = sampler(4, temperature=0.1, transition=ANCESTRAL, threshold=1.0).sample(task)
+    output = run(sampler(4, temperature=0.1, transition=ANCESTRAL, threshold=1.0), task)
     ancestors = output.trace["levels"][-1]["ancestors"]
     assert any(len(set(row)) < 4 for row in ancestors), "some died"
     for b, survivors in enumerate(ancestors):
@@ -255,7 +254,7 @@ def test_an_interrupted_run_returns_a_particle_that_survived(sampler: Any) -> No
 
 def test_budgets_interruptions_and_bad_input() -> None:
     once = SHORT.steps + 0.5 * 7
-    output = FKSteering(8, transition=ANCESTRAL).sample(problem("ring", SHORT, 3, evaluations=3.2 * once))
+    output = run(FKSteering(8, transition=ANCESTRAL), problem("ring", SHORT, 3, evaluations=3.2 * once))
     assert len(output.trace["candidates"]["rewards"][0]) == 3 and output.ledger.stopped == "budget"
     assert output.ledger.evaluations <= 3 * 3.2 * once
 
@@ -266,7 +265,7 @@ def test_budgets_interruptions_and_bad_input() -> None:
     for sampler in (FKSteering(4, transition=ANCESTRAL), SVDD(4, transition=ANCESTRAL)):
         task = problem("ring", SHORT, 3)
         task.progress = interrupt
-        output = sampler.sample(task)
+        output = run(sampler, task)
         assert output.ledger.stopped == "interrupted" and output.latents.isfinite().all()
         assert output.latents.shape == (3, 2)
     for options, words in (
@@ -292,7 +291,7 @@ def test_final_weights_are_those_of_the_tempered_reward(name: str, chain: bool) 
     task = problem("ring", NoiseSchedule.variance_preserving(8, start=0.3) if chain else SHORT, 4)
     if name == "smc":
         task.value = ConstantValue()  # proposes as the base model does
-    trace = rg.make_sampler(name, particles=8, **options).sample(task).trace
+    trace = run(rg.make_sampler(name, particles=8, **options), task).trace
     rewards, weights = (torch.tensor(trace["candidates"][k], dtype=torch.float64) for k in ("rewards", "log_weights"))
     paid = torch.tensor(trace["chain"]["values"]) if "chain" in trace else 0.0
     assert torch.allclose(weights, ((rewards - paid) / 0.5).log_softmax(-1), atol=1e-4)
@@ -301,5 +300,5 @@ def test_final_weights_are_those_of_the_tempered_reward(name: str, chain: bool) 
 def test_a_cold_draw_of_svdd_is_greedy() -> None:
     greedy, cold = (SVDD(4, temperature=t, transition=ANCESTRAL) for t in (0.0, 1e-9))
     assert torch.equal(
-        cold.sample(problem("ring", SHORT, 20)).latents, greedy.sample(problem("ring", SHORT, 20)).latents
+        run(cold, problem("ring", SHORT, 20)).latents, run(greedy, problem("ring", SHORT, 20)).latents
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import rsm_guidance as rg
+from rsm_guidance.samplers.run import run
 from rsm_guidance.oracles.mixture import expected_reward, tilt
 from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.core.schedule import NoiseSchedule, Prediction
@@ -90,7 +91,7 @@ def test_particles_target_the_tilted_posterior(initial: CrankNicolson | None, gr
     mixture, reward = CASES["linear"]
     exact = float(expected_reward(tilt(mixture, reward)[0], reward))
     sampler = PsiSampler(64, initial=initial, gradient=gradient, transition=ANCESTRAL)
-    output = sampler.sample(problem("linear", NoiseSchedule.flow(40), 40))
+    output = run(sampler, problem("linear", NoiseSchedule.flow(40), 40))
     mean, error = weighted_reward(output)
     assert abs(mean - exact) < 3 * error + 0.04
     assert (output.log_normalizer is None) == (initial is not None)
@@ -109,28 +110,28 @@ def test_the_chains_potential_is_paid_for() -> None:
 
     inner, task.value = task.value, Opinionated()
     ode_like = Transition("cps", 0.3)  # the start decides where the sample ends
-    mean, error = weighted_reward(PsiSampler(64, initial=CrankNicolson(8, 10, 1), transition=ode_like).sample(task))
-    plain, _ = weighted_reward(PsiSampler(256, initial=None, transition=ode_like).sample(problem("linear", SHORT, 40)))
+    mean, error = weighted_reward(run(PsiSampler(64, initial=CrankNicolson(8, 10, 1), transition=ode_like), task))
+    plain, _ = weighted_reward(run(PsiSampler(256, initial=None, transition=ode_like), problem("linear", SHORT, 40)))
     assert abs(mean - plain) < 3 * error + 0.1 and abs(plain - exact) < 0.6
 
 
 def test_without_a_chain_it_is_twisted_smc_and_a_constant_reward_is_the_unguided_run() -> None:
-    smc = TwistedSMC(4, transition=ANCESTRAL).sample(problem("ring", SHORT, 5))
-    psi = PsiSampler(4, initial=None, gradient=True, transition=ANCESTRAL).sample(problem("ring", SHORT, 5))
+    smc = run(TwistedSMC(4, transition=ANCESTRAL), problem("ring", SHORT, 5))
+    psi = run(PsiSampler(4, initial=None, gradient=True, transition=ANCESTRAL), problem("ring", SHORT, 5))
     assert torch.equal(psi.latents, smc.latents) and torch.equal(psi.log_weights, smc.log_weights)
-    plain = Unguided(ANCESTRAL).sample(problem("ring", SHORT, 6)).latents
+    plain = run(Unguided(ANCESTRAL), problem("ring", SHORT, 6)).latents
     for gradient in (False, True):
         task = problem("ring", SHORT, 6)
         task.value, task.reward = ConstantValue(), lambda x, p: torch.zeros(len(x))
         sampler = PsiSampler(4, initial=None, gradient=gradient, transition=ANCESTRAL)
-        assert torch.equal(sampler.sample(task).latents, plain)
-    one = PsiSampler(1, initial=None, transition=ANCESTRAL).sample(problem("ring", SHORT, 6))
+        assert torch.equal(run(sampler, task).latents, plain)
+    one = run(PsiSampler(1, initial=None, transition=ANCESTRAL), problem("ring", SHORT, 6))
     assert torch.equal(one.latents, plain)
 
 
 def test_it_climbs_and_the_trace_tells_of_the_chain() -> None:
-    output = PsiSampler(4, initial=CHAIN, transition=ANCESTRAL).sample(problem("ring", SHORT, 100))
-    plain = Unguided(ANCESTRAL).sample(problem("ring", SHORT, 100)).rewards
+    output = run(PsiSampler(4, initial=CHAIN, transition=ANCESTRAL), problem("ring", SHORT, 100))
+    plain = run(Unguided(ANCESTRAL), problem("ring", SHORT, 100)).rewards
     assert output.rewards is not None and plain is not None and output.rewards.mean() > plain.mean() + 3
     trace = json.loads(json.dumps(output.trace))
     assert len(trace["chain"]["values"][0]) == 4 and trace["sampler"]["initial"]["rho"] == 0.8
@@ -140,19 +141,19 @@ def test_it_climbs_and_the_trace_tells_of_the_chain() -> None:
 @pytest.mark.parametrize("gradient", [False, True])
 def test_prompts_are_independent(gradient: bool) -> None:
     sampler = PsiSampler(3, initial=CrankNicolson(2, 2, 1, gradient=gradient), transition=ANCESTRAL)
-    together = sampler.sample(problem("ring", LATE, 5)).latents
+    together = run(sampler, problem("ring", LATE, 5)).latents
     for row in (0, 3):
         task = problem("ring", LATE, 5)
         task.denoiser.prompts[:] = [f"point {row}"]
         task.streams = RandomStreams.for_prompts(0, [f"point {row}"])
-        assert torch.equal(sampler.sample(task).latents[0], together[row])
+        assert torch.equal(run(sampler, task).latents[0], together[row])
 
 
 @pytest.mark.parametrize("cap", [8.0, 12.0, 21.0, 60.0])
 @pytest.mark.parametrize("gradient", [False, True])
 def test_budget_is_a_hard_cap(gradient: bool, cap: float) -> None:
     sampler = PsiSampler(8, initial=CrankNicolson(2, 3, 1, gradient=gradient), gradient=gradient, transition=ANCESTRAL)
-    output = sampler.sample(problem("ring", SHORT, 3, evaluations=cap))
+    output = run(sampler, problem("ring", SHORT, 3, evaluations=cap))
     assert output.ledger.evaluations <= 3 * cap and output.ledger.stopped == "budget"
     assert output.rewards is not None and output.trace["sampler"]["name"] == "psi"
 
@@ -164,7 +165,7 @@ def test_an_interrupted_run_returns_its_estimate() -> None:
 
     task = problem("ring", SHORT, 3)
     task.progress = interrupt
-    output = PsiSampler(4, initial=CHAIN).sample(task)
+    output = run(PsiSampler(4, initial=CHAIN), task)
     assert output.ledger.stopped == "interrupted" and output.latents.isfinite().all()
 
 
@@ -200,4 +201,4 @@ def test_bad_input() -> None:
     task = problem("ring", SHORT, 1)
     task.value = None
     with pytest.raises(ValueError, match="scores noisy latents"):
-        PsiSampler().sample(task)
+        run(PsiSampler(), task)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rsm_guidance.samplers.run import run
 from rsm_guidance.oracles.mixture import tilt
 from rsm_guidance.core.schedule import Prediction
 from rsm_guidance.core.transitions import Transition
@@ -18,7 +19,7 @@ CPS = Transition("cps", 0.9)
 
 
 def mean_reward(sampler: Any, exact: bool = True, count: int = 200) -> float:
-    output = sampler.sample(problem("ring", SHORT, count, exact))
+    output = run(sampler, problem("ring", SHORT, count, exact))
     assert output.latents.isfinite().all() and output.rewards is not None
     return float(output.rewards.mean())
 
@@ -57,32 +58,32 @@ def test_more_strength_climbs_higher_and_the_rewards_unit_does_not_matter() -> N
             assert inner is not None
             return 1e6 * inner(x, level, rows)
 
-    plain = RewardGradient(transition=ANCESTRAL).sample(problem("ring", SHORT, 5)).latents
+    plain = run(RewardGradient(transition=ANCESTRAL), problem("ring", SHORT, 5)).latents
     task.value = Scaled()
-    assert torch.allclose(RewardGradient(transition=ANCESTRAL).sample(task).latents, plain, atol=1e-6)
+    assert torch.allclose(run(RewardGradient(transition=ANCESTRAL), task).latents, plain, atol=1e-6)
 
 
 @pytest.mark.parametrize("transition", [CPS, ANCESTRAL, Transition("ode")])
 def test_no_strength_and_no_gradient_are_the_unguided_run(transition: Transition) -> None:
-    plain = Unguided(transition).sample(problem("ring", SHORT, 4)).latents
-    assert torch.equal(RewardGradient(0.0, transition=transition).sample(problem("ring", SHORT, 4)).latents, plain)
+    plain = run(Unguided(transition), problem("ring", SHORT, 4)).latents
+    assert torch.equal(run(RewardGradient(0.0, transition=transition), problem("ring", SHORT, 4)).latents, plain)
     for push in ("mean", "drift", "noise", "velocity"):
-        if transition.kind == "ode" and push == "noise":
+        if transition.name == "ode" and push == "noise":
             continue
         task = problem("ring", SHORT, 4)
         task.value = ConstantValue()
-        guided = RewardGradient(0.5, push=push, transition=transition).sample(task)  # type: ignore[arg-type]
+        guided = run(RewardGradient(0.5, push=push, transition=transition), task)  # type: ignore[arg-type]
         assert torch.equal(guided.latents, plain)
         assert guided.ledger.backward_passes == 4 * (SHORT.steps - 2)
 
 
 def test_budget_interruption_and_bad_input() -> None:
     for sampler in (RewardGradient(transition=ANCESTRAL), RewardGradient(transition=ANCESTRAL, recurrence=3)):
-        whole = sampler.sample(problem("ring", SHORT, 3)).ledger.evaluations / 3
-        output = sampler.sample(problem("ring", SHORT, 3, evaluations=whole - 1))
+        whole = run(sampler, problem("ring", SHORT, 3)).ledger.evaluations / 3
+        output = run(sampler, problem("ring", SHORT, 3, evaluations=whole - 1))
         assert output.ledger.stopped == "budget" and output.ledger.evaluations <= 3 * (whole - 1) + 1e-6
     thrice = RewardGradient(transition=ANCESTRAL, trajectories=3)
-    output = thrice.sample(problem("ring", SHORT, 3, evaluations=2.5 * 20))
+    output = run(thrice, problem("ring", SHORT, 3, evaluations=2.5 * 20))
     assert len(output.trace["candidates"]["rewards"][0]) == 2 and output.ledger.evaluations <= 3 * 50
 
     def interrupt(progress: Any) -> None:
@@ -91,7 +92,7 @@ def test_budget_interruption_and_bad_input() -> None:
 
     task = problem("ring", SHORT, 3)
     task.progress = interrupt
-    output = RewardGradient().sample(task)
+    output = run(RewardGradient(), task)
     assert output.ledger.stopped == "interrupted" and output.latents.isfinite().all()
     for options, words in (
         ({"strength": -1.0}, "strength must be finite"),
@@ -109,7 +110,7 @@ def test_budget_interruption_and_bad_input() -> None:
     task = problem("ring", SHORT, 1)
     task.value = None
     with pytest.raises(ValueError, match="differentiable reward or value model"):
-        RewardGradient().sample(task)
+        run(RewardGradient(), task)
 
 
 @pytest.mark.parametrize("name", ["flow", "vp"])
@@ -119,7 +120,7 @@ def test_plain_velocity_guidance_with_the_exact_value_is_exact(name: str, kind: 
     mixture, reward = CASES["linear"]
     tilted, _ = tilt(mixture, reward)
     sampler = RewardGradient(1.0, "velocity", "plain", math.inf, transition=Transition(kind, 1.0))
-    output = sampler.sample(problem("linear", SCHEDULES[name], 2000))
+    output = run(sampler, problem("linear", SCHEDULES[name], 2000))
     x = output.latents[:, 0]
     assert abs(float(x.mean() - tilted.mean)) < 4 * float(tilted.variance.sqrt()) / 2000**0.5 + 0.05
     assert abs(float((x > 0).double().mean()) - 0.982014) < 0.015
@@ -136,7 +137,7 @@ def test_plain_scale_is_bounded_and_broken_gradients_back_off() -> None:
 
     task.value = Exploding()
     for push in ("mean", "velocity"):
-        latents = RewardGradient(1.0, push, "plain", transition=ANCESTRAL).sample(task).latents  # type: ignore[arg-type]
+        latents = run(RewardGradient(1.0, push, "plain", transition=ANCESTRAL), task).latents  # type: ignore[arg-type]
         assert latents.isfinite().all() and latents.abs().max() < 50
 
     class Flaky(ConstantValue):
@@ -151,7 +152,7 @@ def test_plain_scale_is_bounded_and_broken_gradients_back_off() -> None:
 
     task = problem("ring", SHORT, 4)
     task.value = Flaky()
-    output = RewardGradient(transition=ANCESTRAL).sample(task)
+    output = run(RewardGradient(transition=ANCESTRAL), task)
     assert output.latents.isfinite().all()
     last = output.trace["levels"][-1]["strength"]
     assert [row[0] for row in last] == [0.2, 0.1, 0.2, 0.2]

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from rsm_guidance.samplers.run import DeadlinePassed, run
 from rsm_guidance.oracles.mixture import GaussianMixtureDenoiser, QuadraticReward
 from rsm_guidance.core.transitions import Transition
-from rsm_guidance.samplers import BestOfN, FKSteering, Interrupted, SamplerOutput, Unguided
+from rsm_guidance.samplers import BestOfN, FKSteering, SamplerOutput, Unguided
 from rsm_guidance.samplers.tree.methods import TreeSampling, TreeSearch
 from tests.samplers.tree_cases import BOTH, MIXTURE, RARE, REWARD, SCHEDULE, A, ids, problem, same
 
@@ -49,46 +50,46 @@ def test_tree_sampling_finds_the_tilted_posterior_and_the_published_form_does_no
     log_z, mean = exact(REWARD)
     biases = []
     for simulations in (8, 32, 96):
-        rewards, z = measured(TreeSampling(simulations, transition=A).sample(problem(100)), log_z)
+        rewards, z = measured(run(TreeSampling(simulations, transition=A), problem(100)), log_z)
         assert abs(float(z.mean()) - 1) < 3 * error_of(z), "the normaliser is unbiased at every budget"
         biases.append(abs(float(rewards.mean()) - mean))
     assert biases[0] > biases[1] > biases[2] and biases[2] < 3 * error_of(rewards)
     published = TreeSampling(64, batch=1, transition=A, selection="boltzmann", caution=0.0)
-    naive, z = measured(published.sample(problem(50)), log_z)
+    naive, z = measured(run(published, problem(50)), log_z)
     assert abs(float(naive.mean()) - mean) > 5 * error_of(naive) and float(z.mean()) < 0.6
 
 
 def test_where_values_mislead_its_log_normalizer_is_less_biased_than_that_of_fk_steering() -> None:
     """This alone: at equal cost FK steering has the smaller error of E*[r], and on the easy case of log Z, too."""
     log_z, _ = exact(RARE)
-    tree = TreeSampling(192, transition=A).sample(problem(60, RARE))
+    tree = run(TreeSampling(192, transition=A), problem(60, RARE))
     particles = math.ceil(tree.ledger.denoiser_evaluations / 60 / SCHEDULE.steps)
-    fk = FKSteering(particles, transition=A).sample(problem(60, RARE))
+    fk = run(FKSteering(particles, transition=A), problem(60, RARE))
     biases = [abs(float(measured(output, log_z)[1].log().mean())) for output in (tree, fk)]
     assert biases[0] < biases[1]
 
 
 def test_it_stays_unbiased_where_good_samples_are_rare() -> None:
     log_z, mean = exact(RARE)
-    rewards, z = measured(TreeSampling(96, transition=A).sample(problem(100, RARE)), log_z)
+    rewards, z = measured(run(TreeSampling(96, transition=A), problem(100, RARE)), log_z)
     assert abs(float(z.mean()) - 1) < 3 * error_of(z) and error_of(z) < 0.15
     assert abs(float(rewards.mean()) - mean) < 0.6
 
 
 def test_returned_samples_follow_the_target() -> None:
-    output = TreeSampling(48, transition=A).sample(problem(200))
+    output = run(TreeSampling(48, transition=A), problem(200))
     assert output.rewards is not None
     assert abs(float(output.rewards.mean()) - exact(REWARD)[1]) < 3.5 * error_of(output.rewards)
     assert torch.allclose(REWARD(output.latents), output.rewards)
 
 
 def test_tree_search_returns_its_best_leaf_and_beats_best_of_n() -> None:
-    output = TreeSearch(64, transition=A).sample(problem(100, RARE))
+    output = run(TreeSearch(64, transition=A), problem(100, RARE))
     assert output.rewards is not None
     assert output.rewards.tolist() == [max(r) for r in output.trace["candidates"]["rewards"]]
     assert torch.allclose(RARE(output.latents), output.rewards)
     count = math.ceil(output.ledger.denoiser_evaluations / 100 / SCHEDULE.steps)
-    best = BestOfN(count, A).sample(problem(100, RARE)).rewards
+    best = run(BestOfN(count, A), problem(100, RARE)).rewards
     assert best is not None
     gain = output.rewards - best
     assert float(gain.mean()) > 2 * error_of(gain)
@@ -100,16 +101,16 @@ def test_tree_search_returns_its_best_leaf_and_beats_best_of_n() -> None:
 @pytest.mark.parametrize("transition", [A, Transition("cps", 0.9), Transition("ode")])
 @pytest.mark.parametrize("kind", [TreeSampling, TreeSearch])
 def test_one_simulation_is_the_unguided_run(kind: Any, transition: Transition) -> None:
-    plain = Unguided(transition).sample(problem()).latents
-    assert torch.equal(kind(1, transition=transition).sample(problem()).latents, plain)
-    output = kind(12, transition=transition).sample(problem())
+    plain = run(Unguided(transition), problem()).latents
+    assert torch.equal(run(kind(1, transition=transition), problem()).latents, plain)
+    output = run(kind(12, transition=transition), problem())
     assert [t["leaves"][0] for t in output.trace["tree"]] == [SCHEDULE.steps + 1] * 4
 
 
 def test_starts_alone_are_best_of_n() -> None:
-    best = BestOfN(12, A).sample(problem())
+    best = run(BestOfN(12, A), problem())
     for sampler in (TreeSearch(12, exponent=1.0, transition=A), TreeSampling(12, fresh=1.0, transition=A)):
-        output = sampler.sample(problem())
+        output = run(sampler, problem())
         assert output.trace["candidates"]["rewards"] == best.trace["candidates"]["rewards"]
         assert output.ledger.denoiser_evaluations == best.ledger.denoiser_evaluations
 
@@ -117,7 +118,7 @@ def test_starts_alone_are_best_of_n() -> None:
 def test_a_constant_reward_makes_all_leaves_alike() -> None:
     task = problem()
     task.reward = lambda x, p: torch.full((len(x),), 0.7)
-    output = TreeSampling(30, temperature=0.5, transition=A).sample(task)
+    output = run(TreeSampling(30, temperature=0.5, transition=A), task)
     assert output.log_normalizer is not None
     assert torch.allclose(output.log_normalizer, torch.full((4,), 1.4, dtype=torch.float64))
     weights = torch.tensor(output.trace["candidates"]["log_weights"])
@@ -126,18 +127,18 @@ def test_a_constant_reward_makes_all_leaves_alike() -> None:
 
 @pytest.mark.parametrize("sampler", BOTH, ids=ids)
 def test_prompts_are_independent(sampler: Any) -> None:
-    together = sampler.sample(problem(5))
+    together = run(sampler, problem(5))
     for row in (0, 3):
-        alone = sampler.sample(problem(prompts=[f"point {row}"]))
+        alone = run(sampler, problem(prompts=[f"point {row}"]))
         assert torch.equal(alone.latents[0], together.latents[row])
         assert alone.trace["tree"][0] == together.trace["tree"][row]
-    small = type(sampler)(**(vars(sampler) | {"batch_rows": 3})).sample(problem(5))
+    small = run(type(sampler)(**(vars(sampler) | {"batch_rows": 3})), problem(5))
     same(small, together)
 
 
 @pytest.mark.parametrize("sampler", BOTH, ids=ids)
 def test_every_transition_is_computed_once_and_the_trace_is_json(sampler: Any) -> None:
-    output = sampler.sample(problem())
+    output = run(sampler, problem())
     trees = json.loads(json.dumps(output.trace))["tree"]
     inner = sum(0 <= level < SCHEDULE.steps for tree in trees for level in tree["level"])
     assert output.ledger.denoiser_evaluations == inner < 4 * 20 * SCHEDULE.steps
@@ -153,8 +154,8 @@ def test_every_transition_is_computed_once_and_the_trace_is_json(sampler: Any) -
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_a_prompt_is_done_with_its_first_good_leaf(batch: int) -> None:
-    full = TreeSearch(20, batch=batch, transition=A).sample(problem(30, RARE))
-    output = TreeSearch(20, batch=batch, transition=A, accept=-20.0).sample(problem(30, RARE))
+    full = run(TreeSearch(20, batch=batch, transition=A), problem(30, RARE))
+    output = run(TreeSearch(20, batch=batch, transition=A, accept=-20.0), problem(30, RARE))
     counts = []
     for row, rewards in enumerate(output.trace["candidates"]["rewards"]):
         every = full.trace["candidates"]["rewards"][row]
@@ -179,16 +180,16 @@ def test_a_prompt_is_done_with_its_first_good_leaf(batch: int) -> None:
 def test_budgets_are_hard_caps_and_what_is_found_is_returned(sampler: Any, caps: dict[str, float]) -> None:
     task = problem(**caps)
     if "seconds" in caps:
-        with pytest.raises(Interrupted):  # not one step was taken
-            sampler.sample(task)
+        with pytest.raises((KeyboardInterrupt, DeadlinePassed)):  # not one step was taken
+            run(sampler, task)
         return
-    output = sampler.sample(task)
+    output = run(sampler, task)
     ledger = output.ledger
     assert ledger.stopped == "budget" and len(output.latents) == 4
     spent = {"evaluations": ledger.evaluations, "reward_calls": ledger.reward_calls, "decodes": ledger.decodes + 4}
     for name, cap in caps.items():
         assert spent[name] <= 4 * cap + 1e-6
-    alone = sampler.sample(problem(prompts=["point 2"], **caps))
+    alone = run(sampler, problem(prompts=["point 2"], **caps))
     assert torch.equal(alone.latents[0], output.latents[2])
 
 
@@ -200,11 +201,11 @@ def test_the_deadline_returns_the_best_so_far() -> None:
             task.ledger._started -= 2000.0
 
     task.progress = late
-    output = TreeSearch(400, transition=A).sample(task)
+    output = run(TreeSearch(400, transition=A), task)
     assert output.ledger.stopped == "deadline" and len(output.trace["candidates"]["rewards"][0]) == 9
     first = problem()
     first.progress = lambda p: (_ for _ in ()).throw(KeyboardInterrupt) if p.level == 4 else None
-    output = TreeSampling(8, transition=A).sample(first)
+    output = run(TreeSampling(8, transition=A), first)
     assert output.ledger.stopped == "interrupted" and output.latents.shape == (4, 1)
 
 
@@ -227,8 +228,8 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="exploration"):
         TreeSearch(exploration=-1.0)
     with pytest.raises(ValueError, match="cannot finish one image"):
-        TreeSampling(4, transition=A).sample(problem(evaluations=9.0))
+        run(TreeSampling(4, transition=A), problem(evaluations=9.0))
     task = problem()
     task.value = None
     with pytest.raises(ValueError, match="prior='value' needs"):
-        TreeSearch(4, transition=A, prior="value").sample(task)
+        run(TreeSearch(4, transition=A, prior="value"), task)

@@ -9,23 +9,24 @@ import torch
 from diffusers import DiffusionPipeline
 
 import rsm_guidance as rg
+from rsm_guidance.samplers.run import run
 from rsm_guidance.samplers.tree.store import Forest
 from rsm_guidance.oracles.mixture import GaussianMixture
 from rsm_guidance.core.schedule import NoiseSchedule
 from rsm_guidance.core.transitions import Transition
-from rsm_guidance.samplers import tree_file
+from rsm_guidance.samplers.tree import file as tree_file
 from rsm_guidance.samplers.tree.methods import TreeSampling, TreeSearch
 from tests.samplers.tree_cases import BOTH, A, ids, problem, same
 
 
 @pytest.mark.parametrize("sampler", BOTH, ids=ids)
 def test_a_resumed_tree_equals_an_uninterrupted_one(sampler: Any, tmp_path: Path) -> None:
-    whole = sampler.sample(problem())
+    whole = run(sampler, problem())
     for stops in ((1, 20), (7, 12, 20), (9, 20, 20)):
         path = tmp_path / f"{stops}.safetensors"
         for simulations in stops:
             part = type(sampler)(**(vars(sampler) | {"simulations": simulations, "tree_file": str(path)}))
-            output = part.sample(problem())
+            output = run(part, problem())
         same(output, whole)
         assert [p for p in tmp_path.iterdir() if p.suffix != ".safetensors"] == []
     assert output.ledger.denoiser_evaluations == 4, "nothing but the proof that the model is the same"
@@ -33,13 +34,13 @@ def test_a_resumed_tree_equals_an_uninterrupted_one(sampler: Any, tmp_path: Path
 
 def test_a_tree_that_was_good_enough_goes_on_when_more_is_asked(tmp_path: Path) -> None:
     path = str(tmp_path / "tree.safetensors")
-    done = TreeSearch(20, transition=A, accept=-1.0, tree_file=path).sample(problem())
+    done = run(TreeSearch(20, transition=A, accept=-1.0, tree_file=path), problem())
     assert any(len(rewards) < 20 for rewards in done.trace["candidates"]["rewards"])
-    same(TreeSearch(20, transition=A, tree_file=path).sample(problem()), TreeSearch(20, transition=A).sample(problem()))
+    same(run(TreeSearch(20, transition=A, tree_file=path), problem()), run(TreeSearch(20, transition=A), problem()))
 
 
 def test_an_interrupted_tree_goes_on(tmp_path: Path) -> None:
-    whole = TreeSampling(30, transition=A).sample(problem())
+    whole = run(TreeSampling(30, transition=A), problem())
     path = str(tmp_path / "tree.safetensors")
     task = problem()
     reports = 0
@@ -51,14 +52,14 @@ def test_an_interrupted_tree_goes_on(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     task.progress = interrupt
-    cut = TreeSampling(30, transition=A, tree_file=path).sample(task)
+    cut = run(TreeSampling(30, transition=A, tree_file=path), task)
     assert cut.ledger.stopped == "interrupted" and cut.latents.isfinite().all()
     assert 1 <= len(cut.trace["candidates"]["rewards"][0]) < 30
-    same(TreeSampling(30, transition=A, tree_file=path).sample(problem()), whole)
+    same(run(TreeSampling(30, transition=A, tree_file=path), problem()), whole)
 
 
 def test_a_killed_tree_goes_on_from_its_last_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, path = TreeSampling(30, transition=A).sample(problem()), tmp_path / "tree.safetensors"
+    whole, path = run(TreeSampling(30, transition=A), problem()), tmp_path / "tree.safetensors"
     states: list[bytes] = []
     save = Forest.save
 
@@ -67,58 +68,58 @@ def test_a_killed_tree_goes_on_from_its_last_saving(tmp_path: Path, monkeypatch:
         states.append(path.read_bytes())
 
     monkeypatch.setattr(Forest, "save", recorded)
-    monkeypatch.setattr(tree_file, "_SAVE_EVERY", -1.0)
-    TreeSampling(30, transition=A, tree_file=str(path)).sample(problem())
+    monkeypatch.setattr(tree_file, "SAVE_EVERY", -1.0)
+    run(TreeSampling(30, transition=A, tree_file=str(path)), problem())
     assert len(states) == 5, "after the first simulation, and after each batch of eight"
     path.write_bytes(states[2])
-    same(TreeSampling(30, transition=A, tree_file=str(path)).sample(problem()), whole)
+    same(run(TreeSampling(30, transition=A, tree_file=str(path)), problem()), whole)
 
 
 def test_a_tree_file_that_cannot_be_written_costs_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="its folder is missing"):
-        TreeSearch(6, transition=A, tree_file=str(tmp_path / "none" / "t.safetensors")).sample(problem())
+        run(TreeSearch(6, transition=A, tree_file=str(tmp_path / "none" / "t.safetensors")), problem())
 
     def full(*_: Any) -> None:
         raise OSError("no space left on device")
 
     monkeypatch.setattr(Forest, "save", full)
     with pytest.warns(UserWarning, match="no space left"):
-        output = TreeSearch(6, transition=A, tree_file=str(tmp_path / "t.safetensors")).sample(problem())
-    same(output, TreeSearch(6, transition=A).sample(problem()))
+        output = run(TreeSearch(6, transition=A, tree_file=str(tmp_path / "t.safetensors")), problem())
+    same(output, run(TreeSearch(6, transition=A), problem()))
 
 
 def test_files_of_other_runs_and_damaged_ones_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "tree.safetensors"
     base = {"transition": A, "tree_file": str(path)}
-    TreeSampling(6, **base).sample(problem())  # type: ignore[arg-type]
+    run(TreeSampling(6, **base), problem())  # type: ignore[arg-type]
     for task, options, words in (
         (problem(3), {}, "its prompts was"),
         (problem(seed=1), {}, "its seed was 0 and is now 1"),
         (problem(), {"temperature": 0.5}, "settings.temperature was 1.0"),
-        (problem(), {"transition": Transition("cps", 0.9)}, "settings.transition.kind"),
+        (problem(), {"transition": Transition("cps", 0.9)}, "settings.transition.name"),
     ):
         with pytest.raises(ValueError, match=words):
-            TreeSampling(6, **(base | options)).sample(task)  # type: ignore[arg-type]
+            run(TreeSampling(6, **(base | options)), task)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="settings.* was"):
-        TreeSearch(6, **base).sample(problem())  # type: ignore[arg-type]
+        run(TreeSearch(6, **base), problem())  # type: ignore[arg-type]
     task = problem()
     task.denoiser.schedule = NoiseSchedule.variance_preserving(12)  # type: ignore[misc]
     with pytest.raises(ValueError, match="its schedule.alpha"):
-        TreeSampling(6, **base).sample(task)  # type: ignore[arg-type]
+        run(TreeSampling(6, **base), task)  # type: ignore[arg-type]
     task = problem()
     task.denoiser.mixture = GaussianMixture.from_weights([0.5, 0.5], [[-3.0], [1.0]], 0.25)  # type: ignore[attr-defined]
     task.denoiser.initial = problem().denoiser.initial  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="grown with another model"):
-        TreeSampling(6, **base).sample(task)  # type: ignore[arg-type]
+        run(TreeSampling(6, **base), task)  # type: ignore[arg-type]
     task = problem()
     task.reward = lambda x, prompts: 2 * problem().reward(x, prompts)  # type: ignore[misc]
     with pytest.raises(ValueError, match="grown with another reward: a leaf of prompt 0 had"):
-        TreeSampling(6, **base).sample(task)  # type: ignore[arg-type]
+        run(TreeSampling(6, **base), task)  # type: ignore[arg-type]
     good = path.read_bytes()
     for bad in (good[: len(good) // 2], b"", b"nonsense" * 40):
         path.write_bytes(bad)
         with pytest.raises(ValueError, match="is damaged or no tree file"):
-            TreeSampling(6, **base).sample(problem())  # type: ignore[arg-type]
+            run(TreeSampling(6, **base), problem())  # type: ignore[arg-type]
 
 
 def test_stored_latents_are_bounded(tmp_path: Path) -> None:
@@ -126,7 +127,7 @@ def test_stored_latents_are_bounded(tmp_path: Path) -> None:
 
     for sampler in BOTH[3], BOTH[5]:
         path = tmp_path / f"{sampler.name}.safetensors"
-        type(sampler)(**(vars(sampler) | {"simulations": 41, "tree_file": str(path)})).sample(problem())
+        run(type(sampler)(**(vars(sampler) | {"simulations": 41, "tree_file": str(path)})), problem())
         tensors = load_file(path)
         counts = tensors["means.at"][:, 0].bincount()
         assert int(counts.max()) <= sampler.stored_nodes

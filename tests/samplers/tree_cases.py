@@ -10,8 +10,9 @@ from rsm_guidance.oracles.mixture import GaussianMixture, GaussianMixtureDenoise
 from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.core.schedule import NoiseSchedule, Prediction
 from rsm_guidance.core.transitions import Transition
-from rsm_guidance.samplers import Problem, SamplerOutput
+from rsm_guidance.samplers import SamplerOutput, Task
 from rsm_guidance.samplers.tree.methods import TreeSampling, TreeSearch
+from tests.samplers.cases import OpenTask
 
 A = Transition("ddim", 1.0)
 MIXTURE = GaussianMixture.from_weights([0.5, 0.5], [[-2.0], [2.0]], 0.25)
@@ -21,43 +22,32 @@ SCHEDULE = NoiseSchedule.variance_preserving(10)
 
 
 class Tweedie:
-    """The reward of the posterior mean."""
+    """The reward of the posterior mean, by a model that costs half an evaluation and a reward call."""
 
+    name = "tweedie"
+    share = 0.5
     evaluations_per_row = 0.5
     reward_calls_per_row = 1
     reads_prediction = False
 
-    def __init__(self, ledger: Ledger, reward: QuadraticReward) -> None:
-        self.ledger, self.reward = ledger, reward
+    def __init__(self, task: Task) -> None:
+        self.task, self.denoiser = task, GaussianMixtureDenoiser(MIXTURE, SCHEDULE, [])
 
     def __call__(self, x: Tensor, level: int, rows: Tensor, prediction: Prediction | None = None) -> Tensor:
-        self.ledger.charge_value(len(x), 0.5)
-        self.ledger.reward_calls += len(x)
         if level < SCHEDULE.steps:
-            x = GaussianMixtureDenoiser(MIXTURE, SCHEDULE, []).predict(x, level).x0
-        return self.reward(x)
+            x = self.denoiser.predict(x, level).x0
+        return self.task.reward(self.task.denoiser.decode(x), rows)
 
 
 def problem(
     count: int = 4, reward: QuadraticReward = REWARD, seed: int = 0, prompts: list[str] | None = None, **caps: float
-) -> Problem:
+) -> Task:
     prompts = prompts or [f"point {i}" for i in range(count)]
-    ledger = Ledger(Budget(**caps), images=len(prompts))
     denoiser = GaussianMixtureDenoiser(MIXTURE, SCHEDULE, prompts, seed)
-    inner, decode = denoiser.predict, denoiser.decode
-
-    def counted(x: Tensor, level: int, rows: Tensor | None = None) -> Prediction:
-        ledger.denoiser_evaluations += len(x)
-        return inner(x, level, rows)
-
-    def decoded(x0: Tensor, rows: Tensor | None = None) -> Tensor:
-        ledger.decodes += len(x0)
-        return decode(x0, rows)
-
-    object.__setattr__(denoiser, "predict", counted)
-    object.__setattr__(denoiser, "decode", decoded)
     streams = RandomStreams.for_prompts(seed, prompts)
-    return Problem(denoiser, streams, ledger, lambda x, p: reward(x), Tweedie(ledger, reward))
+    task = OpenTask(denoiser, streams, Ledger(Budget(**caps), images=len(prompts)), reward)
+    task.value = Tweedie(task)
+    return task
 
 
 BOTH = [

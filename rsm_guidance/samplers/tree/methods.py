@@ -24,25 +24,30 @@ not.  The first simulation is the unguided run of the same seed.
 """
 
 import math
-from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
+from abc import abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 
-from rsm_guidance.samplers.tree.selection import Boltzmann, Draw, Proportional, UpperConfidence
-from rsm_guidance.core.transitions import Transition
+from rsm_guidance.core.random import Purpose
+from rsm_guidance.core.transitions import CPS, GaussianTransition, require_gaussian
 from rsm_guidance.core.weights import choose
-from rsm_guidance.samplers.base import Interrupted, Problem, SamplerOutput, finished, new_trace
+from rsm_guidance.samplers import kernel
+from rsm_guidance.samplers.kernel import Result, Sampler, Solution
+from rsm_guidance.samplers.task import Task
+from rsm_guidance.samplers.tree.file import TreeFile
 from rsm_guidance.samplers.tree.search import DTYPES, Growth
+from rsm_guidance.samplers.tree.selection import Boltzmann, Draw, Proportional, UpperConfidence
 
 
 @dataclass(frozen=True)
-class TreeSampler(ABC):
+class TreeSampler(Sampler):
     """What both samplers share; see `TreeSampling`."""
 
-    name: ClassVar[str] = "tree"
-    scales: ClassVar[str | None] = "simulations"
+    budget_field: ClassVar[str | None] = "simulations"
+    adaptive: ClassVar[bool] = True
     greedy: ClassVar[bool] = False
     simulations: int = 32
     temperature: float = 1.0
@@ -52,7 +57,7 @@ class TreeSampler(ABC):
     batch: int = 8
     prior: Literal["none", "value"] = "none"
     prior_visits: float = 1.0
-    transition: Transition = Transition("cps", 0.9)
+    transition: GaussianTransition = CPS(0.9)
     batch_rows: int = 64
     node_dtype: Literal["float32", "float16", "bfloat16"] | None = None
     stored_nodes: int | None = None
@@ -62,39 +67,29 @@ class TreeSampler(ABC):
         for name in ("simulations", "batch", "batch_rows", "branching", "stored_nodes"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        for name in ("temperature", "widening", "prior_visits"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive and finite; got {getattr(self, name)}")
+        kernel.finite(self, "temperature", "widening", "prior_visits", positive=True)
         if not 0 <= self.exponent <= 1:
             raise ValueError(f"exponent must lie in [0, 1]; got {self.exponent}")
-        if self.prior not in ("none", "value"):
-            raise ValueError(f"prior must be 'none' or 'value'; got {self.prior!r}")
+        kernel.one_of(self, prior=("none", "value"))
         if self.node_dtype is not None and self.node_dtype not in DTYPES:
             raise ValueError(f"node_dtype must be one of {', '.join(DTYPES)}, or None; got {self.node_dtype!r}")
-        if self.transition.kind == "scheduler":
-            raise ValueError("a tree steps between single levels: choose the transition ode, ddim, cps or flow_sde")
+        require_gaussian(self.transition, "a tree branches between single levels")
 
-    def sample(self, problem: Problem) -> SamplerOutput:
+    def check(self, task: Task) -> None:
+        if self.simulations > 1:
+            kernel.require(self, task)
+        if self.prior == "value" and task.value is None:
+            raise ValueError("prior='value' needs a value of noisy latents: pass a diffusion reward model, or a reward")
+
+    def solve(self, task: Task) -> Solution:
         """Cost per image: simulations times the levels below their branching point, and a final score for each.
 
-        Stops at the first simulation that the budget does not reach for.  At the deadline or on Ctrl-C a batch under way
-        is forgotten.
+        Stops at the first simulation that the budget does not pay for.  When a run is cut off, a batch under way is forgotten.
         """
-        if self.simulations > 1:
-            problem.require_judge(self.name)
-        if self.prior == "value" and problem.value is None:
-            raise ValueError("prior='value' needs a judge of noisy latents: pass a diffusion reward model, or a reward")
-        problem.require_budget()
-        trace = new_trace(self, problem)
-        growth = Growth(problem, self)
-        try:
-            growth.run()
-        except Interrupted:
-            if not all(growth.forest.clean):  # not one simulation is finished: its estimate is the best so far
-                if growth.estimate is None:
-                    raise
-                return finished(problem, growth.estimate, trace)
-        return self._conclude(growth, trace)
+        file = None if self.tree_file is None else TreeFile(Path(self.tree_file), task, self.settings())
+        growth = Growth(task, self)
+        yield from growth.run(file, lambda: self.conclude(growth))
+        return self.conclude(growth)
 
     @property
     def prior_weight(self) -> float:
@@ -110,13 +105,13 @@ class TreeSampler(ABC):
         return False
 
     @abstractmethod
-    def _conclude(self, growth: Growth, trace: dict[str, Any]) -> SamplerOutput:
+    def conclude(self, growth: Growth) -> Result:
         """Which leaf of each row is returned."""
 
     def settings(self) -> dict[str, Any]:
         """What decides how a tree grows; a file is continued only under the same."""
         free = ("simulations", "accept", "tree_file", "batch_rows")
-        return {"sampler": self.name} | {k: v for k, v in asdict(self).items() if k not in free}
+        return {k: v for k, v in self.described().items() if k not in free}
 
 
 @dataclass(frozen=True)
@@ -171,20 +166,17 @@ class TreeSampling(TreeSampler):
         rule = Boltzmann(self.caution) if self.selection == "boltzmann" else Proportional(self.caution)
         return growth.forest.trees[row].plan(rule, growth.rules, draw, self.prior_weight)
 
-    def _conclude(self, growth: Growth, trace: dict[str, Any]) -> SamplerOutput:
-        problem, forest = growth.problem, growth.forest
+    def conclude(self, growth: Growth) -> Result:
+        task, forest = growth.task, growth.forest
         restarts = self.selection == "restarts"
         weights = [torch.tensor(t.log_weights(restarts), dtype=torch.float64) for t in forest.trees]
-        draws = [torch.tensor(problem.streams.uniform(r, "draw"), dtype=torch.float64) for r in range(problem.count)]
+        draws = [torch.tensor(task.streams.uniform(r, Purpose.DRAW), dtype=torch.float64) for r in range(task.count)]
         chosen = [int(choose(w, u)) if len(w) > 1 else 0 for w, u in zip(weights, draws, strict=True)]
-        output = growth.close(chosen, trace)
-        if growth.judging:
-            trace["candidates"]["log_weights"] = [w.tolist() for w in weights]
-            output.log_weights = torch.stack([w[c] for w, c in zip(weights, chosen, strict=True)])
-            output.log_normalizer = torch.tensor(
-                [t.log_normalizer(restarts) for t in forest.trees], dtype=torch.float64
-            )
-        return output
+        if not task.can_score:
+            return growth.close(chosen)
+        picked = torch.stack([w[c] for w, c in zip(weights, chosen, strict=True)])
+        normalizers = torch.tensor([t.log_normalizer(restarts) for t in forest.trees], dtype=torch.float64)
+        return growth.close(chosen, [w.tolist() for w in weights], picked, normalizers)
 
 
 @dataclass(frozen=True)
@@ -216,5 +208,5 @@ class TreeSearch(TreeSampler):
         rule = UpperConfidence(self.exploration, lambda: growth.spread / self.temperature)
         return growth.forest.trees[row].plan(rule, growth.rules, draw, self.prior_weight)
 
-    def _conclude(self, growth: Growth, trace: dict[str, Any]) -> SamplerOutput:
-        return growth.close([max(range(len(r)), key=r.__getitem__) for r in growth.forest.rewards], trace)
+    def conclude(self, growth: Growth) -> Result:
+        return growth.close([max(range(len(r)), key=r.__getitem__) for r in growth.forest.rewards])

@@ -1,7 +1,6 @@
 """One tree per prompt with the latents of its nodes, and files of them."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +8,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from rsm_guidance.io.files import write_tensors
 from rsm_guidance.samplers.tree.selection import Widening
 from rsm_guidance.samplers.tree.tree import Tree
+
+
+_HEADER = "rsm-guidance tree"
 
 
 @dataclass
@@ -59,13 +61,7 @@ class Forest:
             items = [(row, node, latent) for row, store in enumerate(stores) for node, latent in store.items()]
             tensors[f"{name}.at"] = torch.tensor([item[:2] for item in items]).reshape(-1, 2)
             tensors[name] = torch.stack([item[2] for item in items]) if items else torch.zeros(0)
-        header = {"rsm-guidance tree": json.dumps({"version": 1, **identity})}
-        partial = path.with_name(path.name + ".partial")
-        try:
-            save_file(tensors, partial, metadata=header)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_tensors(path, tensors, {_HEADER: json.dumps({"version": 1, **identity})})
 
     @staticmethod
     def load(
@@ -78,7 +74,7 @@ class Forest:
         """
         try:
             with safe_open(path, framework="pt") as file:
-                header = (file.metadata() or {}).get("rsm-guidance tree")
+                header = (file.metadata() or {}).get(_HEADER)
                 if header is None:
                     raise ValueError("it has no header of a tree file")
                 found = json.loads(header)

@@ -1,0 +1,46 @@
+"""`DRMValue`: a diffusion reward model as the value of noisy latents."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from rsm_guidance.core.contracts import Denoiser
+from rsm_guidance.core.schedule import Prediction
+
+if TYPE_CHECKING:
+    from rsm_guidance.reward_models.model import DiffusionRewardModel
+
+
+@dataclass(frozen=True)
+class DRMValue:
+    """The score of latents at their own noise level; a `core.contracts.Value`.
+
+    Attributes:
+        drm: the reward model.
+        denoiser: the model that is guided; it supplies prompts and levels.
+        grid: rows and columns of packed latents; None where latents are planes.
+    """
+
+    drm: "DiffusionRewardModel"
+    denoiser: Denoiser
+    grid: tuple[int, int] | None = None
+    reads_prediction = False
+    reward_calls_per_row = 0
+
+    @property
+    def name(self) -> str:
+        return self.drm.name
+
+    @property
+    def share(self) -> float:
+        return self.drm.share
+
+    @property
+    def evaluations_per_row(self) -> float:
+        return self.drm.share
+
+    def __call__(self, x: Tensor, level: int, rows: Tensor, prediction: Prediction | None = None) -> Tensor:
+        """Scores [R] of latents x [R, ...] of rows [R] at a level in 0..N."""
+        prompts = [self.denoiser.prompts[r] for r in rows.tolist()]
+        return self.drm.score_at_level(x, level, prompts, self.denoiser.schedule, self.grid)

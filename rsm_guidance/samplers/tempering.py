@@ -1,0 +1,57 @@
+"""How values become the weights of Feynman-Kac steering: potentials, and their tempering at noisy levels."""
+
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from rsm_guidance.core.weights import effective_sample_size
+from rsm_guidance.samplers.kernel import State
+
+_BISECTIONS = 40
+
+
+class Tempered(Protocol):
+    """The settings that matter here; see `fk_steering.FKSteering`."""
+
+    @property
+    def potential(self) -> Literal["difference", "max", "sum"]: ...
+    @property
+    def tempering(self) -> Literal["none", "polynomial", "adaptive"]: ...
+    @property
+    def power(self) -> float: ...
+    @property
+    def threshold(self) -> float: ...
+
+
+def increment(config: Tempered, state: State, phi: Tensor) -> Tensor:
+    """log G_t [B, K] of the tempered values phi [B, K]."""
+    if config.potential == "difference":
+        return phi - state.carried["potentials"]
+    if config.potential == "max":
+        return torch.maximum(state.carried["running"], phi)
+    return state.carried["running"] + phi
+
+
+def gamma(config: Tempered, state: State, values: Tensor, progress: float) -> Tensor:
+    """gamma [B, K] of a level, for values V / lambda [B, K]; `progress` is the share of the run that lies behind.
+
+    "adaptive" takes the largest gamma, from that of the level before on, with which `threshold` K effective particles
+    remain.  It depends on the particles, which biases Z at order 1 / K.
+    """
+    if config.tempering == "none":
+        return torch.ones_like(values)
+    if config.tempering == "polynomial":
+        return torch.full_like(values, progress**config.power)
+
+    def enough(trial: Tensor) -> Tensor:
+        weights = state.log_weights + increment(config, state, trial[:, None] * values)
+        return effective_sample_size(weights) >= config.threshold * state.k
+
+    low = state.carried["gamma"][:, 0].clone()
+    high = torch.ones_like(low)
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        good = enough(middle)
+        low, high = torch.where(good, middle, low), torch.where(good, high, middle)
+    return torch.where(enough(torch.ones_like(low)), 1.0, low)[:, None].expand_as(values)

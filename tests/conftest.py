@@ -33,6 +33,6 @@ def guided(stock: StableDiffusion3Pipeline) -> DiffusionPipeline:
 
 @pytest.fixture(scope="session")
 def drm() -> rg.DiffusionRewardModel:
-    model = rg.load_judge("shapes-drm")
+    model = rg.resolve_reward("shapes-drm")
     assert isinstance(model, rg.DiffusionRewardModel)
     return model

@@ -1,5 +1,6 @@
 """Short names of packaged models, as strings that are resolved when they are used, and objects by "package.module:name"."""
 
+import importlib
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,11 +19,19 @@ class PackagedModel:
         path: its folder.
         call: arguments of the pipeline call with which it was measured.
         prompts: gives a number of prompts to measure it with, or None.
+        module: holds component classes of its own, and must be imported before diffusers loads the folder; or None.
     """
 
     path: str
     call: dict[str, Any] = field(default_factory=dict)
     prompts: Callable[[int], list[str]] | None = None
+    module: str | None = None
+
+    def location(self) -> str:
+        """The folder, ready to be loaded by diffusers."""
+        if self.module is not None:
+            importlib.import_module(self.module)
+        return self.path
 
 
 def packaged_model(name: str) -> PackagedModel | None:
@@ -34,13 +43,14 @@ def packaged_model(name: str) -> PackagedModel | None:
 
 
 def model_location(name: str) -> str:
-    """Where the model of a name lies; hub ids and folders stay what they are."""
-    return name if name not in MODELS else load_object(MODELS[name]).path
+    """Where the model of a name lies, ready to be loaded; hub ids and other folders stay what they are."""
+    packaged = packaged_model(name)
+    return name if packaged is None else packaged.location()
 
 
 def model_name(location: str) -> str:
     """The short name of a packaged model's folder; other locations stay what they are."""
-    return next((name for name in MODELS if model_location(name) == location), location)
+    return next((name for name, path in MODELS.items() if load_object(path).path == location), location)
 
 
 def model_prompts(model: str, count: int) -> list[str]:
@@ -59,12 +69,12 @@ def load_object(path: str) -> Any:
     """The object at "package.module:name".
 
     Raises:
-        UsageError: if the module or the name does not exist.
+        UsageError: if the module or the name does not exist, or the module cannot be imported.
     """
     module, colon, name = path.partition(":")
     if not (module and colon and name):
         raise UsageError(f"{path!r} names no object; write package.module:name")
     try:
         return pkgutil.resolve_name(path)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # the module of a user may raise anything
         raise UsageError(f"cannot import {path!r}: {type(error).__name__}: {error}") from error

@@ -10,6 +10,7 @@ from huggingface_hub.constants import HF_HUB_OFFLINE
 
 from rsm_guidance.core.errors import UsageError
 from rsm_guidance.engine.families import require_drivable, why_not
+from rsm_guidance.io.names import model_location
 from rsm_guidance.pipelines.guided import reward_guided
 
 _WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
@@ -35,7 +36,7 @@ class RewardGuidedPipeline:
         What was saved without a component (Stable Diffusion 3 without T5) loads without it; stock asks to be told so.
 
         Args:
-            model: folder, or hub id (org/name).
+            model: folder, hub id (org/name), or the name of a packaged model ("shapes").
             kwargs: those of the stock class's `from_pretrained`, except `custom_pipeline`.
 
         Raises:
@@ -43,6 +44,7 @@ class RewardGuidedPipeline:
         """
         if kwargs.get("custom_pipeline") is not None:
             raise UsageError(f"{cls.__name__} picks the class by itself; leave custom_pipeline out")
+        model = model_location(os.fspath(model))
         base: Any
         base, config = stock_class(model, **{name: kwargs[name] for name in _WHERE if name in kwargs})
         reason = why_not(base)

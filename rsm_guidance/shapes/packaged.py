@@ -15,13 +15,18 @@ def prompts(count: int) -> list[str]:
     return [caption.text for caption in caption_set(count, 0)]
 
 
-MODEL = PackagedModel(str(_WEIGHTS / "model"), {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE_SCALE}, prompts)
+MODEL = PackagedModel(
+    str(_WEIGHTS / "model"),
+    {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE_SCALE},
+    prompts,
+    "rsm_guidance.shapes.model",
+)
 DRM = _WEIGHTS / "drm"
 
 
 def model_path() -> str:
     """Folder of the packaged shapes model, in stock diffusers layout (for `from_pretrained`)."""
-    return MODEL.path
+    return MODEL.location()
 
 
 def drm_path() -> str:

@@ -1,11 +1,17 @@
-"""Compares reward models that differ in backbone adaptation and depth: `rsm-guidance benchmark judges`."""
+"""Compares reward models that differ in backbone adaptation and depth.
 
-import json
-import os
+    python -m benchmarks.reward_models --work runs/reward_models
+
+Interrupted runs resume.
+"""
+
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import tyro
+
+from rsm_guidance.io.files import require_writable, write_json
 from rsm_guidance.shapes.training.reward import RewardTrainConfig, train_reward
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -20,35 +26,40 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class JudgesBenchmark:
-    """Trains every variant with the same data and number of updates.
+class RewardModelsBenchmark:
+    """Train every variant with the same data and number of updates, and compare their accuracies.
 
     Attributes:
-        out: folder for the variants and judges.json.
+        out: the JSON file of results.
+        work: folder for data and variants.
         train: common settings; `out`, `blocks` and `adaptation` are the variant's.
     """
 
-    out: Path = Path("judges")
+    out: Path = Path("benchmarks/results/reward_models.json")
+    work: Path = Path("runs/reward_models")
     train: RewardTrainConfig = field(default_factory=lambda: RewardTrainConfig(steps=400, evaluate_every=100))
 
 
-def run_judges_benchmark(config: JudgesBenchmark) -> dict[str, Any]:
-    """Train what is missing, and return validation accuracies per variant."""
-    data = config.train.data or config.out / "data"
+def run_reward_models_benchmark(config: RewardModelsBenchmark) -> dict[str, Any]:
+    """Train what is missing, and return validation accuracies per variant; written after each."""
+    require_writable(config.out)
+    data = config.train.data or config.work / "data"
     result: dict[str, Any] = {"steps": config.train.steps, "variants": {}}
     for index, (label, settings) in enumerate(VARIANTS.items()):
-        report: Any = train_reward(replace(config.train, out=config.out / f"{index}", data=data, **settings))
+        report = train_reward(replace(config.train, out=config.work / f"{index}", data=data, **settings))
         result["variants"][label] = {k: report[k] for k in ("validation", "pair", "sibling")}
-        partial = config.out / "judges.json.partial"
-        partial.write_text(json.dumps(result, indent=1))
-        os.replace(partial, config.out / "judges.json")
+        write_json(config.out, result)
     return result
 
 
-def judges_table(result: dict[str, Any]) -> str:
+def reward_models_table(result: dict[str, Any]) -> str:
     """The comparison as a Markdown table."""
     lines = [f"| reward model ({result['steps']} updates) | pair accuracy | sibling accuracy |", "|---|---|---|"]
     for label, reports in result["variants"].items():
         v = reports["validation"]
         lines.append(f"| {label} | {v['pair']:.3f} | {v['sibling']:.3f} |")
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(reward_models_table(run_reward_models_benchmark(tyro.cli(RewardModelsBenchmark))))  # noqa: T201

@@ -1,98 +1,134 @@
-"""Atomic, resumable training state: safetensors for every tensor, JSON for the rest, nothing pickled."""
+"""Training state on disk, which appears whole or not at all.
+
+What is trained and its averages are safetensors, progress is JSON.  Optimiser, schedule and random numbers are what
+`Accelerator.save_state` writes: files of `torch.save`, which it reads with `weights_only=True`, so that tensors and plain
+containers come out of them and no code runs.  `register_for_checkpointing` is not used, because accelerate unpickles
+what it holds without that restriction.
+"""
 
 import json
-import math
-import os
-import shutil
-from collections.abc import Iterable
+import pickle
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from rsm_guidance.io.files import begin_folder, commit_folder, recover_folder, write_json, write_tensors
+
+_OBJECTIVE, _AVERAGES, _PROGRESS = "objective.safetensors", "averages.safetensors", "progress.json"
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    flat = {}
-    for index, state in optimizer.state_dict()["state"].items():
-        for name, value in state.items():
-            flat[f"optimizer.{index}.{name}"] = torch.as_tensor(value).contiguous()
-    return flat
+@dataclass
+class TrainState:
+    """All that a run needs to go on.
+
+    Attributes:
+        accelerator: which has prepared the optimiser and the schedule.
+        objective: the module that is trained, as it was before it was prepared.
+        ema: averages of its trainable parameters, in their order; None without.
+        step: updates made.
+        history: one entry per evaluation.
+    """
+
+    accelerator: Accelerator
+    objective: nn.Module
+    ema: EMAModel | None
+    step: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters by name; tied ones once."""
+        return {name: p for name, p in self.objective.named_parameters() if p.requires_grad}
 
 
-def save_state(
-    folder: Path, step: int, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, extra: dict[str, object]
-) -> None:
-    """Write `folder` so that an interruption at any moment leaves either the old state or the new one."""
+def save_state(folder: Path, state: TrainState) -> None:
+    """Write `folder`, so that an interruption at any moment leaves the old state or the new one.
+
+    Every process calls it.
+    """
+    accelerator = state.accelerator
+    if accelerator.is_main_process:
+        begin_folder(folder)
+    accelerator.wait_for_everyone()
     fresh = folder.with_name(folder.name + ".new")
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    tensors = _optimizer_tensors(optimizer)
-    for name, module in modules.items():
-        tensors |= {f"{name}.{k}": v.detach().clone().contiguous() for k, v in module.state_dict().items()}
-    save_file(tensors, fresh / "state.safetensors")
-    (fresh / "state.json").write_text(json.dumps({"step": step, **extra}))
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(fresh, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    handle = accelerator.register_save_state_pre_hook(lambda models, weights, path: weights.clear())
+    accelerator.save_state(str(fresh))
+    handle.remove()
+    if accelerator.is_main_process:
+        _write_own(fresh, state)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        commit_folder(folder)
+    accelerator.wait_for_everyone()
 
 
-def load_state(
-    folder: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer
-) -> dict[str, object] | None:
-    """Restore what `save_state` wrote; None when there is nothing to resume from.
+def load_state(folder: Path, state: TrainState) -> bool:
+    """Restore what `save_state` wrote; whether there was anything to resume from.  Every process calls it.
 
     Raises:
-        ValueError: when the state is of other modules or is damaged.
+        ValueError: when the state is of another objective or is damaged.
     """
-    source = folder if folder.exists() else folder.with_name(folder.name + ".old")
-    if not source.exists():
-        return None
+    accelerator = state.accelerator
+    with accelerator.main_process_first():
+        if not recover_folder(folder):
+            return False
+    handle = accelerator.register_load_state_pre_hook(lambda models, path: models.clear())
     try:
-        extra: dict[str, object] = json.loads((source / "state.json").read_text())
-        tensors = load_file(source / "state.safetensors")
-        for name, module in modules.items():
-            prefix = name + "."
-            module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        for key, value in tensors.items():
-            if key.startswith("optimizer."):
-                _, index, name = key.split(".", 2)
-                state.setdefault(int(index), {})[name] = value
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        _read_own(folder, state)
+        accelerator.step = -1
+        accelerator.load_state(str(folder))
+        if accelerator.step == -1:  # accelerate passes over random numbers that it cannot read
+            raise ValueError("its random-number state cannot be read")
     except Exception as error:
-        raise ValueError(f"cannot resume from {source}: {error}; delete that folder to start afresh") from error
-    return extra
+        refused = isinstance(error, pickle.UnpicklingError)  # torch's sentence tells how to run the code anyway
+        why = "a file of it holds more than tensors and plain data" if refused else str(error).strip()
+        raise ValueError(f"cannot resume from {folder}: {why}; delete that folder to start afresh") from error
+    finally:
+        handle.remove()
+    return True
 
 
-def warmup_cosine(step: int, steps: int, warmup: float = 0.05) -> float:
-    """Learning-rate factor in (0, 1]: linear warm-up over a fraction of the run, then a half cosine to 0."""
-    warm = max(1, int(steps * warmup))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+def _write_own(folder: Path, state: TrainState) -> None:
+    write_tensors(folder / _OBJECTIVE, _own_tensors(state.objective))
+    progress: dict[str, Any] = {"step": state.step, "history": state.history}
+    if state.ema is not None:
+        averages = state.ema.state_dict()
+        write_tensors(folder / _AVERAGES, dict(zip(state.trained, averages.pop("shadow_params"), strict=True)))
+        progress["averages"] = averages
+    write_json(folder / _PROGRESS, progress)
 
 
-class Ema:
-    """Exponential moving average of parameters, swapped in for saving and evaluation."""
+def _read_own(folder: Path, state: TrainState) -> None:
+    progress = json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))
+    _copy(load_file(folder / _OBJECTIVE), _own_tensors(state.objective))
+    if state.ema is not None:
+        averages = dict(zip(state.trained, state.ema.shadow_params, strict=True))
+        _copy(load_file(folder / _AVERAGES), averages)
+        state.ema.load_state_dict(progress["averages"])
+    state.step, state.history = int(progress["step"]), list(progress["history"])
 
-    def __init__(self, modules: Iterable[nn.Module], decay: float = 0.998) -> None:
-        self.parameters = [p for m in modules for p in m.parameters()]
-        self.decay = decay
-        self.shadow = nn.ParameterList([nn.Parameter(p.detach().clone(), requires_grad=False) for p in self.parameters])
 
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_([p.data for p in self.shadow], [p.detach() for p in self.parameters], 1 - decay)
+def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """What training changes of a module: trainable parameters and saved buffers."""
+    saved = module.state_dict().keys()
+    trained = ((name, p) for name, p in module.named_parameters() if p.requires_grad)
+    return {name: tensor for name, tensor in chain(trained, module.named_buffers()) if name in saved}
 
-    @torch.no_grad()
-    def swap(self) -> None:
-        """Exchange the averaged and the live parameters; call twice to return."""
-        for average, live in zip(self.shadow, self.parameters, strict=True):
-            held = live.detach().clone()
-            live.copy_(average)
-            average.copy_(held)
+
+@torch.no_grad()
+def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
+    strange = sorted(source.keys() ^ target.keys())
+    if strange:
+        raise ValueError(f"it is the state of another model: {strange[0]!r} is in one of them only")
+    for name, tensor in target.items():
+        if tensor.shape != source[name].shape:
+            shapes = f"{list(source[name].shape)} and not {list(tensor.shape)}"
+            raise ValueError(f"it is the state of another model: {name!r} is {shapes}")
+        tensor.copy_(source[name])

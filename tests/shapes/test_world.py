@@ -14,12 +14,12 @@ from rsm_guidance.shapes import CATEGORIES, caption_set, parse_caption, random_c
 from rsm_guidance.shapes.model import _merges, build_tokenizer
 from rsm_guidance.shapes.render import Placed, render
 from rsm_guidance.shapes.scenes import COLORS, SHAPES, Group, SceneSpec, is_held_out, vocabulary, wordings
+from rsm_guidance.shapes.training.hard_negatives import hard_negative
 from rsm_guidance.shapes.verify import see
-from rsm_guidance.shapes.training.groups import near_miss
 
 
 @given(st.sampled_from(CATEGORIES), st.integers(0, 10**6), st.booleans())
-def test_every_caption_parses_back_to_its_demand(category: str, seed: int, held_out: bool) -> None:
+def test_every_caption_parses_back_to_its_specification(category: str, seed: int, held_out: bool) -> None:
     caption = random_caption(category, random.Random(seed), held_out)
     assert caption.category == category
     assert is_held_out(caption) == held_out
@@ -34,19 +34,19 @@ def test_no_wording_leaks_a_held_out_composition(category: str, seed: int) -> No
 
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(CATEGORIES), st.integers(0, 10**6))
-def test_renders_satisfy_their_caption_and_near_misses_do_not(category: str, seed: int) -> None:
+def test_renders_satisfy_their_caption_and_hard_negatives_do_not(category: str, seed: int) -> None:
     rng = random.Random(seed)
     caption = random_caption(category, rng)
     right = verify(render_spec(caption.spec, rng), caption.text)
     assert right.correct and right.score == 1.0
-    wrong = verify(render_spec(near_miss(caption.spec, rng), rng), caption.text)
+    wrong = verify(render_spec(hard_negative(caption.spec, rng), rng), caption.text)
     assert not wrong.correct and wrong.score < 1.0
 
 
 def test_renders_through_the_autoencoder_keep_their_verdict(stock: StableDiffusion3Pipeline) -> None:
     rng = random.Random(0)
     captions = [random_caption(CATEGORIES[i % 6], rng) for i in range(300)]
-    specs = [c.spec if i % 2 else near_miss(c.spec, rng) for i, c in enumerate(captions)]
+    specs = [c.spec if i % 2 else hard_negative(c.spec, rng) for i, c in enumerate(captions)]
     images = np.stack([render_spec(s, rng) for s in specs])
     batch = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():

@@ -6,44 +6,51 @@ caption tells, so there it asks the model to read relations and counts.
 """
 
 import json
-import os
 import random
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
-from torch import nn
+from diffusers.training_utils import compute_density_for_timestep_sampling
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from rsm_guidance.core.rows import per_row
+from rsm_guidance.io.files import recover_folder, replace_folder, write_json
 from rsm_guidance.shapes import model as parts
 from rsm_guidance.shapes.render import place, render
-from rsm_guidance.shapes.scenes import (
-    CATEGORIES,
-    Caption,
-    SceneSpec,
-    is_held_out,
-    random_caption,
-    wordings,
-)
-from rsm_guidance.training.checkpoint import Ema, load_state, save_state, warmup_cosine
+from rsm_guidance.shapes.scenes import CATEGORIES, Caption, SceneSpec, is_held_out, random_caption, wordings
 from rsm_guidance.shapes.training.objects import ObjectHead, token_labels
 from rsm_guidance.shapes.training.vae import VAEConfig, train_vae
+from rsm_guidance.training import Batches, LoopConfig, adamw, cosine_cycles, fit
 
 _WEIGHTS = (0.03, 0.04, 0.14, 0.29, 0.38, 0.12)  # of CATEGORIES: the hard ones more often
 
 
 @dataclass(frozen=True)
 class BaseConfig:
-    """Base-model training: `steps` updates of `batch_size` scenes out of `scenes` rendered once.
+    """Training of the base model.
 
-    The learning rate warms up to `lr` and falls along a half cosine to 0 at the first step of `restarts`; from there, and
-    from each later one, another such cycle follows with `restart_lr` times the peak.  `aux_weight` scales the per-token object prediction;
-    `drop_caption` is the share of empty captions (classifier-free guidance); `zero_tokens` is the share of steps, with
-    a quarter of the batch, trained with the 256 zero tokens that stock SD3 puts for a missing third text encoder.
+    The learning rate warms up to `lr` and falls along a half cosine to 0 at the first step of `restarts`; from there,
+    and from each later one, another such cycle follows.
+
+    Attributes:
+        steps: updates.
+        restarts: steps at which a cycle of the learning rate begins.
+        restart_lr: peak of these cycles, as a share of `lr`.
+        batch_size: scenes per update.
+        scenes: number of scenes, rendered once.
+        lr: peak learning rate.
+        aux_weight: weight of the per-token object prediction.
+        drop_caption: share of empty captions (classifier-free guidance).
+        zero_tokens: share of steps, with a quarter of the batch, trained with the 256 zero tokens that stock SD3 puts for a
+            missing third text encoder.
+        ema_decay: of the averaged weights.
+        seed: of data and training.
+        save_every: updates between saved states.
     """
 
     steps: int = 10_800
@@ -62,11 +69,11 @@ class BaseConfig:
 
 @dataclass
 class Scenes:
-    """Rendered training data: demands, scaled latents [N, 4, 16, 16] (half), token labels [N, 64, 4] (half)."""
+    """Rendered training data: specifications, scaled latents [N, 4, 16, 16] (half), token labels [N, 64, 4] (half)."""
 
     specs: list[SceneSpec]
-    latents: torch.Tensor
-    labels: torch.Tensor
+    latents: Tensor
+    labels: Tensor
 
 
 @torch.no_grad()
@@ -82,124 +89,103 @@ def render_scenes(vae: AutoencoderKL, count: int, seed: int) -> Scenes:
         images.append(render(objects))
         if len(images) == 128 or index == count - 1:
             batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
-            mean = vae.encode(batch).latent_dist.mean
-            latents.append(((mean - vae.config.shift_factor) * vae.config.scaling_factor).half())
+            mean = vae.encode(batch.to(vae.device)).latent_dist.mean
+            latents.append(((mean - vae.config.shift_factor) * vae.config.scaling_factor).half().cpu())
             images = []
     return Scenes(specs, torch.cat(latents), torch.from_numpy(np.stack(labels)))
 
 
-class Trainee(nn.Module):
-    """Everything that learns: denoiser, two text encoders, and the auxiliary head that is thrown away."""
+class Denoising(nn.Module):
+    """The objective, and all that learns: denoiser, two text encoders, and the auxiliary head that is thrown away.
 
-    def __init__(self) -> None:
+    It is called with numbers [B] of scenes.
+    """
+
+    def __init__(self, scenes: Scenes, config: BaseConfig) -> None:
         super().__init__()
+        self.scenes, self.config = scenes, config
         self.tokenizer = parts.build_tokenizer()
         self.transformer = parts.build_transformer()
         self.text = nn.ModuleList([parts.build_text_encoder(self.tokenizer, i) for i in (0, 1)])
         self.aux = ObjectHead(128)
-        self._middle: torch.Tensor | None = None
+        self._middle: Tensor | None = None
         self.transformer.transformer_blocks[2].register_forward_hook(self._keep)
 
-    def _keep(self, module: nn.Module, args: object, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def _keep(self, module: nn.Module, args: object, output: tuple[Tensor, Tensor]) -> None:
         self._middle = output[1]
 
-    def encode(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Captions -> token embeddings [B, 16, 160] and pooled embeddings [B, 80], as the SD3 pipeline makes them."""
         ids = self.tokenizer(
             captions, padding="max_length", max_length=parts.TOKENS, truncation=True, return_tensors="pt"
-        ).input_ids
+        ).input_ids.to(self.transformer.device)
         outputs = [encoder(ids, output_hidden_states=True) for encoder in self.text]
         tokens = torch.cat([o.hidden_states[-2] for o in outputs], -1)
         return tokens, torch.cat([o.text_embeds for o in outputs], -1)
 
-    def losses(
-        self, x0: torch.Tensor, labels: torch.Tensor, captions: list[str], zero_tokens: int, generator: torch.Generator
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Flow-matching loss and auxiliary loss, both scalars."""
-        t = torch.sigmoid(0.4 + 1.1 * torch.randn(len(x0), generator=generator))
+    def forward(self, rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Losses of a batch: "flow" (flow matching) and "aux" (which object a token belongs to)."""
+        rng = random.Random(int(torch.randint(2**62, (), generator=generator)))
+        zero_tokens = 1
+        if rng.random() < self.config.zero_tokens:  # four times as many tokens, on a quarter of the batch
+            zero_tokens, rows = 256, rows[: max(1, len(rows) // 4)]
+        captions = [_wording(self.scenes.specs[row], rng, self.config.drop_caption) for row in rows.tolist()]
+        x0 = self.scenes.latents[rows].float()
+        t = compute_density_for_timestep_sampling("logit_normal", len(x0), 0.4, 1.1, generator=generator)
         eps = torch.randn(x0.shape, generator=generator)
-        tt = t[:, None, None, None]
+        x0, t, eps = (tensor.to(self.transformer.device) for tensor in (x0, t, eps))
         tokens, pooled = self.encode(captions)
-        tokens = F.pad(tokens, (0, 0, 0, zero_tokens))
-        v = self.transformer((1 - tt) * x0 + tt * eps, tokens, pooled, t * 1000, return_dict=False)[0]
-        flow = F.mse_loss(v, eps - x0)
+        noisy = torch.lerp(x0, eps, per_row(t, x0))
+        v = self.transformer(noisy, F.pad(tokens, (0, 0, 0, zero_tokens)), pooled, t * 1000, return_dict=False)[0]
         assert self._middle is not None
-        return flow, self.aux.loss(self._middle, labels)
-
-
-def learning_rate(config: BaseConfig, step: int) -> float:
-    """The half-cosine cycles of the configuration, at a step."""
-    starts = [0, *(r for r in config.restarts if r < config.steps)]
-    cycle = max(i for i, start in enumerate(starts) if step >= start)
-    length = (*starts[1:], config.steps)[cycle] - starts[cycle]
-    peak = config.lr * (config.restart_lr if cycle else 1)
-    return peak * warmup_cosine(step - starts[cycle], length, 0.03)
+        flow, aux = F.mse_loss(v, eps - x0), self.aux.loss(self._middle, self.scenes.labels[rows].to(v.device))
+        return {"loss": flow + self.config.aux_weight * aux, "flow": flow, "aux": aux}
 
 
 def train_base(config: BaseConfig, vae: AutoencoderKL, folder: Path) -> StableDiffusion3Pipeline:
     """Train (or resume) under `folder` and return the finished pipeline with averaged weights."""
-    torch.manual_seed(config.seed)
-    trainee = Trainee()
-    decayed = [p for p in trainee.parameters() if p.ndim >= 2]
-    plain = [p for p in trainee.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}], betas=(0.9, 0.98)
-    )
-    ema = Ema([trainee], config.ema_decay)
-    state = load_state(folder / "base_state", {"trainee": trainee, "ema": ema.shadow}, optimizer)
-    first = int(state["step"]) if state else 0  # type: ignore[call-overload]
     scenes = render_scenes(vae, config.scenes, config.seed)
-    running = 0.0
-    bar = tqdm(range(first, config.steps), desc="denoiser", initial=first, total=config.steps, mininterval=5)
-    for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
-        rng = random.Random(f"base|{config.seed}|{step}")
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        long = rng.random() < config.zero_tokens
-        rows = torch.randint(len(scenes.specs), (config.batch_size // (4 if long else 1),), generator=generator)
-        captions = [_wording(scenes.specs[i], rng, config.drop_caption) for i in rows.tolist()]
-        flow, aux = trainee.losses(
-            scenes.latents[rows].float(), scenes.labels[rows].float(), captions, 256 if long else 1, generator
-        )
-        optimizer.zero_grad()
-        (flow + config.aux_weight * aux).backward()
-        nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
-        optimizer.step()
-        ema.update(step)
-        running += 0.02 * (flow.item() - running)
-        if step % 20 == 0:
-            bar.set_postfix(flow=f"{running / (1 - 0.98 ** (step - first + 1)):.4f}", aux=f"{aux.item():.3f}")
-        if (step + 1) % config.save_every == 0:
-            save_state(folder / "base_state", step + 1, {"trainee": trainee, "ema": ema.shadow}, optimizer, {})
-    ema.swap()
-    return assemble(trainee, vae)
+    torch.manual_seed(config.seed)
+    objective = Denoising(scenes, config)
+    optimizer = adamw([(objective, config.lr)], 0.01, (0.9, 0.98))
+    fit(
+        objective,
+        optimizer,
+        cosine_cycles(optimizer, config.steps, config.restarts, config.restart_lr),
+        Batches(range(len(scenes.specs)), config.batch_size, config.seed),
+        LoopConfig("denoiser", config.steps, config.save_every, config.seed, config.ema_decay),
+        folder / "base_state",
+    )
+    return assemble(objective, vae)
 
 
 def train_shapes_model(vae_config: VAEConfig, config: BaseConfig, out: Path) -> str:
     """Train (or resume) autoencoder and denoiser under `out`; returns the folder of the finished pipeline (half)."""
     finished = out / "vae"
-    vae = AutoencoderKL.from_pretrained(finished) if finished.exists() else train_vae(vae_config, out)
-    if not finished.exists():
-        vae.save_pretrained(finished)
+    if recover_folder(finished):
+        vae = AutoencoderKL.from_pretrained(finished)
+    else:
+        vae = train_vae(vae_config, out)
+        replace_folder(finished, vae.save_pretrained)
     pipe = train_base(config, vae, out)
     return save_half(pipe, out / "model")
 
 
 def save_half(pipe: StableDiffusion3Pipeline, folder: Path) -> str:
     """Write a pipeline in half precision, in stock layout; the folder appears whole or not at all."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    pipe.to(dtype=torch.float16).save_pretrained(partial)
-    for path in partial.rglob("*.json"):
-        settings = json.loads(path.read_text())
-        settings.pop("_name_or_path", None)  # where it was trained concerns nobody
+    pipe.to(dtype=torch.float16)
+    replace_folder(folder, lambda partial: _save_unnamed(pipe, partial))
+    return str(folder)
+
+
+def _save_unnamed(pipe: StableDiffusion3Pipeline, folder: Path) -> None:
+    pipe.save_pretrained(folder)
+    for path in folder.rglob("*.json"):
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings.pop("_name_or_path", None)  # the path on the training machine
         if settings.get("dtype") == "float16":
             settings["dtype"] = "float32"  # transformers loads in this dtype, diffusers in float32: let them agree
-        path.write_text(json.dumps(settings, indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
-    return str(folder)
+        write_json(path, settings)
 
 
 def _wording(spec: SceneSpec, rng: random.Random, drop: float) -> str:
@@ -209,16 +195,16 @@ def _wording(spec: SceneSpec, rng: random.Random, drop: float) -> str:
     return rng.choice(ways)
 
 
-def assemble(trainee: Trainee, vae: AutoencoderKL) -> StableDiffusion3Pipeline:
+def assemble(trained: Denoising, vae: AutoencoderKL) -> StableDiffusion3Pipeline:
     """Put the trained parts into a stock pipeline."""
     return StableDiffusion3Pipeline(
-        transformer=trainee.transformer.eval(),
+        transformer=trained.transformer.eval(),
         scheduler=parts.build_scheduler(),
         vae=vae.eval(),
-        text_encoder=trainee.text[0].eval(),
-        tokenizer=trainee.tokenizer,
-        text_encoder_2=trainee.text[1].eval(),
-        tokenizer_2=trainee.tokenizer,
+        text_encoder=trained.text[0].eval(),
+        tokenizer=trained.tokenizer,
+        text_encoder_2=trained.text[1].eval(),
+        tokenizer_2=trained.tokenizer,
         text_encoder_3=parts.build_absent_text_encoder(),
-        tokenizer_3=trainee.tokenizer,
+        tokenizer_3=trained.tokenizer,
     )

@@ -1,63 +1,85 @@
 """Preference data for reward models, from a generator's own samples.
 
 For each prompt one trajectory is run to a random level; there K children are drawn from the one Gaussian of the
-transition and each is completed to a clean sample, which a judge scores.  One such *group* serves twice: its finished
-samples are the re-noised pairs of the DRM paper, and its noisy children are *sibling* pairs, ordered by what became of
-them, the very comparison that Step-wise Sampling makes.  (Sibling pairs are ours.)
+transition, and each is completed to a clean sample that the verifier scores.  Such a *branch group* serves twice: its
+finished samples are the re-noised pairs of the DRM paper, and its noisy children, ordered by what became of them, are
+*sibling* pairs, the very comparison that step-wise sampling makes.  (Sibling pairs are ours.)
 """
 
 import json
-import os
 import random
-from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
+from tyro.constructors import PrimitiveConstructorSpec
 
-from rsm_guidance.core.random import RandomStreams
-from rsm_guidance.core.transitions import Transition
-from rsm_guidance.engine import PipelineDenoiser, encode_images
+from rsm_guidance.core.random import Purpose, RandomStreams
+from rsm_guidance.core.transitions import CPS, Gaussian, GaussianTransition, parse_transition, require_gaussian
+from rsm_guidance.engine import PipelineDenoiser
+from rsm_guidance.io.files import write_json, write_tensors
+from rsm_guidance.io.fingerprint import fingerprint
 from rsm_guidance.shapes.reward import to_uint8
-from rsm_guidance.samplers import Problem
-from rsm_guidance.shapes.render import place, render
-from rsm_guidance.shapes.scenes import COLORS, SHAPES, Caption, Group, SceneSpec
-from rsm_guidance.shapes.verify import judge, see
+from rsm_guidance.shapes.scenes import Caption
 from rsm_guidance.shapes.training.objects import token_labels
+from rsm_guidance.shapes.verify import judge, see
+
+_CORRECT_BONUS = 0.25  # of a strictly correct image, above the graded score
+_AS_TEXT = PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="NAME NOISE",
+    instance_from_str=lambda words: parse_transition(words[0]),
+    is_instance=lambda instance: isinstance(instance, GaussianTransition),
+    str_from_instance=lambda transition: [str(transition)],
+)
 
 
 @dataclass(frozen=True)
 class GroupConfig:
-    """How sibling groups are made.
+    """How branch groups are made.
 
     Attributes:
         siblings: K children per prompt.
         steps: denoising steps of the trajectories.
         guidance_scale: classifier-free guidance.
-        transition: stochastic transition, the one that will be used in sampling.
+        transition: stochastic transition, the one that will be used in sampling; in text "cps 0.9".
         batch_size: prompts per batch; all prompts of a batch branch at one level.
-        autocast: run the generator in bfloat16 autocast, which is faster on a CPU.
+        autocast: run the generator in bfloat16 autocast, which is faster on a GPU, and on a CPU that computes in it.
     """
 
     siblings: int = 4
     steps: int = 12
     guidance_scale: float = 3.0
-    transition: Transition = Transition("cps", 0.9)
+    transition: Annotated[GaussianTransition, _AS_TEXT] = CPS(0.9)
     batch_size: int = 48
     autocast: bool = True
 
+    def __post_init__(self) -> None:
+        require_gaussian(self.transition, "children are drawn from one Gaussian", noisy=True)
+
+    def described(self) -> dict[str, Any]:
+        """The settings as JSON data."""
+        return asdict(self) | {"transition": str(self.transition)}
+
 
 @dataclass
-class Groups:
-    """G groups: prompts [G], children and finals [G, K, C, H, W] (half), sigma [G] of the children, scores [G, K].
+class BranchGroups:
+    """G groups of K noisy children each, and what became of them.
 
-    Scores are the verifier's credit in [0, 1], plus 0.25 where the image is strictly correct; labels [G, K, 64, 4]
-    (half) are what it saw in the finished images (`training.objects`).
+    Attributes:
+        prompts: [G].
+        children: [G, K, C, H, W], half precision, at noise level sigma.
+        finals: [G, K, C, H, W], half precision, clean.
+        sigma: [G].
+        scores: [G, K], the verifier's in [0, 1], plus 0.25 where the image is strictly correct.
+        labels: [G, K, 64, 4], half precision, what it saw in the finished images (`training.objects`).
     """
 
     prompts: list[str]
@@ -74,9 +96,9 @@ class Groups:
         """Everything but the prompts, by name."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "prompts"}
 
-    def every_other(self, first: int) -> "Groups":
+    def every_other(self, first: int) -> "BranchGroups":
         """Every second group, from the first or the second on."""
-        return Groups(self.prompts[first::2], **{name: t[first::2] for name, t in self.tensors().items()})
+        return BranchGroups(self.prompts[first::2], **{name: t[first::2] for name, t in self.tensors().items()})
 
 
 def branch_level(rng: random.Random, steps: int) -> int:
@@ -87,141 +109,103 @@ def branch_level(rng: random.Random, steps: int) -> int:
 @torch.no_grad()
 def sample_groups(
     pipe: DiffusionPipeline, captions: list[Caption], config: GroupConfig, level: int, seed: int
-) -> Groups:
-    """Branch one trajectory per caption into siblings at `level` and complete them."""
+) -> BranchGroups:
+    """Branch one trajectory per caption at `level`, complete the children, and score them."""
     prompts = [c.text for c in captions]
-    k, b = config.siblings, len(prompts)
-    call = {"prompt": prompts, "num_inference_steps": config.steps, "guidance_scale": config.guidance_scale}
     streams = RandomStreams.for_prompts(seed, prompts)
-    denoiser = PipelineDenoiser(pipe, call | {"generator": [streams.generator(r, "initial", 0) for r in range(b)]})
-    problem = Problem(denoiser, streams)
-    schedule = denoiser.schedule
+    call = {
+        "prompt": prompts,
+        "num_inference_steps": config.steps,
+        "guidance_scale": config.guidance_scale,
+        "generator": _initial(streams, 0),
+    }
+    with closing(PipelineDenoiser(pipe, call)) as denoiser:
+        children, finals = _completed_children(denoiser, streams, config, level)
+        images = to_uint8(denoiser.decode(finals.flatten(0, 1))).numpy()
+        sigma = torch.full((len(prompts),), float(denoiser.schedule.sigma[level]))
+    shape = (len(prompts), config.siblings)
+    seen = [see(image) for image in images]
+    verdicts = [judge(objects, captions[n // config.siblings].spec) for n, objects in enumerate(seen)]
+    scores = torch.tensor([v.score + _CORRECT_BONUS * v.correct for v in verdicts]).view(shape)
+    labels = torch.from_numpy(np.stack([token_labels(objects) for objects in seen])).half().unflatten(0, shape)
+    return BranchGroups(prompts, children.half().cpu(), finals.half().cpu(), sigma, scores, labels)
+
+
+def _initial(streams: RandomStreams, candidate: int) -> list[torch.Generator]:
+    return [streams.generator(row, Purpose.INITIAL, candidate) for row in range(len(streams.names))]
+
+
+def _completed_children(
+    denoiser: PipelineDenoiser, streams: RandomStreams, config: GroupConfig, level: int
+) -> tuple[Tensor, Tensor]:
+    """Children at `level` and the clean latents they end in, both [B, K, ...].
+
+    Noise is named (candidate, level, child): the trajectory is candidate 0, and from their level on children are candidates.
+    At level 0 the children are K initial noises.
+    """
+    b, k, schedule = len(streams.names), config.siblings, denoiser.schedule
+
+    def step(gaussian: Gaussian, i: int, candidates: list[tuple[int, int]]) -> Tensor:
+        """The next latents of (candidate, child) pairs, candidate-major; the mean is one for all, or one for each."""
+        shape = gaussian.mean.shape[1:]
+        noise = [streams.normal(r, shape, Purpose.STEP, c, i, child) for c, child in candidates for r in range(b)]
+        mean = gaussian.mean if len(gaussian.mean) == len(noise) else gaussian.mean.repeat(k, *[1] * len(shape))
+        return Gaussian(mean, gaussian.std, gaussian.dtype).sample(torch.stack(noise))
+
     if level == 0:
-        children = torch.stack([problem.initial(c) for c in range(k)], 1)
+        x = torch.cat([denoiser.initial(_initial(streams, c) if c else None) for c in range(k)])
     else:
         x = denoiser.initial()
         for i in range(level):
-            gaussian = config.transition(denoiser.predict(x, i), schedule, i, i + 1)
-            if i < level - 1:
-                x = problem.step(gaussian, i, [0])
-        children = torch.stack([problem.step(gaussian, level - 1, [0], child=c) for c in range(k)], 1)
-    x = children.transpose(0, 1).flatten(0, 1)  # candidate-major
-    rows = torch.arange(b).repeat(k)
+            drawn = [(0, 0)] if i < level - 1 else [(0, child) for child in range(k)]
+            x = step(config.transition(denoiser.predict(x, i), schedule, i, i + 1), i, drawn)
+    children, rows = x, torch.arange(b).repeat(k)
     for i in range(level, schedule.steps):
         gaussian = config.transition(denoiser.predict(x, i, rows), schedule, i, i + 1)
-        x = problem.step(gaussian, i, list(range(k)))
-    finals = x.unflatten(0, (k, b)).transpose(0, 1)
-    images = to_uint8(denoiser.decode(finals.flatten(0, 1))).numpy()
-    denoiser.close()
-    seen = [see(image) for image in images]
-    verdicts = [judge(objects, captions[n // k].spec) for n, objects in enumerate(seen)]
-    scores = torch.tensor([v.score + 0.25 * v.correct for v in verdicts]).view(b, k)
-    labels = torch.from_numpy(np.stack([token_labels(objects) for objects in seen])).half().unflatten(0, (b, k))
-    sigma = torch.full((b,), float(schedule.sigma[level]))
-    return Groups(prompts, children.half(), finals.half(), sigma, scores, labels)
+        x = step(gaussian, i, [(c, 0) for c in range(k)])
+    return (children.unflatten(0, (k, b)).transpose(0, 1), x.unflatten(0, (k, b)).transpose(0, 1))
 
 
 def generate_groups(
     pipe: DiffusionPipeline, captions: list[Caption], config: GroupConfig, folder: Path, seed: int, label: str
-) -> Groups:
+) -> BranchGroups:
     """Groups for all captions, written batch by batch under `folder`; what is there already is not made again.
 
     Raises:
-        ValueError: if the folder holds groups made with other captions or settings.
+        ValueError: if the folder holds groups made with another generator, other captions or other settings.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = sum(
-        p.detach().double().abs().sum().item() for p in pipe.transformer.parameters()
-    )  # tells generators apart
-    about = {"captions": [c.text for c in captions], "seed": seed, "groups": asdict(config), "weights": weights}
-    settings = json.dumps(about)
-    description = folder / "settings.json"
-    if not description.exists():
-        description.write_text(settings)
-    elif description.read_text() != settings:
-        raise ValueError(f"{folder} holds samples made with other settings; name another data folder or delete it")
+    _require_settings(
+        folder / "settings.json",
+        {
+            "captions": [c.text for c in captions],
+            "seed": seed,
+            "groups": config.described(),
+            "generator": fingerprint(pipe.transformer),
+        },
+    )
     parts = []
-    starts = range(0, len(captions), config.batch_size)
-    for start in tqdm(starts, desc=label):
+    for start in tqdm(range(0, len(captions), config.batch_size), desc=label):
         path = folder / f"{start:06d}.safetensors"
         batch = captions[start : start + config.batch_size]
         if not path.exists():
             level = branch_level(random.Random(f"{seed}|{start}"), config.steps)
             with torch.autocast(pipe.device.type, torch.bfloat16, enabled=config.autocast):
-                g = sample_groups(pipe, batch, config, level, seed)
-            partial = path.with_suffix(".partial")
-            save_file({k: v.contiguous() for k, v in g.tensors().items()}, partial)
-            os.replace(partial, path)
-        parts.append(Groups([c.text for c in batch], **load_file(path)))
+                write_tensors(path, sample_groups(pipe, batch, config, level, seed).tensors())
+        parts.append(BranchGroups([c.text for c in batch], **load_file(path)))
     return join(parts)
 
 
-def join(parts: list[Groups]) -> Groups:
+def _require_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Write the settings of a data folder, or require those that are written there."""
+    if not path.exists():
+        write_json(path, settings)
+    elif json.loads(path.read_text(encoding="utf-8")) != settings:
+        raise ValueError(f"{path.parent} holds samples made with other settings; name another data folder or delete it")
+
+
+def join(parts: list[BranchGroups]) -> BranchGroups:
     """Concatenate groups."""
     names = parts[0].tensors()
-    return Groups(
+    return BranchGroups(
         [p for g in parts for p in g.prompts], **{n: torch.cat([g.tensors()[n] for g in parts]) for n in names}
     )
-
-
-# --- rendered near misses ---
-
-
-def near_miss(spec: SceneSpec, rng: random.Random) -> SceneSpec:
-    """A demand that differs from `spec` in one thing: a colour, a shape, a count, or the relation turned round."""
-    groups = list(spec.groups)
-    index = rng.randrange(len(groups))
-    g = groups[index]
-    change = rng.choice(["shape", "count", "color", "swap"])
-    if spec.relation and rng.random() < 0.6:
-        return SceneSpec((groups[1], groups[0]), spec.relation)
-    if change == "swap" and len(groups) == 2 and groups[0].color and groups[1].color:
-        return SceneSpec(
-            (
-                Group(groups[0].count, groups[1].color, groups[0].shape),
-                Group(groups[1].count, groups[0].color, groups[1].shape),
-            ),
-            spec.relation,
-        )
-    if change == "color" and g.color:
-        groups[index] = Group(g.count, rng.choice([c for c in COLORS if c != g.color]), g.shape)
-    elif change == "count" and spec.relation is None:
-        count = rng.choice([c for c in (g.count - 1, g.count + 1) if 1 <= c <= 4 and c != g.count])
-        groups[index] = Group(count, g.color, g.shape)
-    else:
-        taken = {x.shape for x in groups}
-        groups[index] = Group(g.count, g.color, rng.choice([s for s in SHAPES if s not in taken]))
-    return SceneSpec(tuple(groups), spec.relation)
-
-
-@dataclass
-class Renders:
-    """Per caption a correct render and M near misses: latents [G, 1 + M, C, H, W] (half), labels [G, 1 + M, 64, 4]."""
-
-    latents: Tensor
-    labels: Tensor
-
-
-@torch.no_grad()
-def render_near_misses(pipe: DiffusionPipeline, captions: list[Caption], seed: int, misses: int = 3) -> Renders:
-    """Draw and encode a correct scene and `misses` near misses for every caption."""
-    rng = random.Random(f"near-miss|{seed}")
-    latents, labels = [], []
-    for start in tqdm(range(0, len(captions), 32), desc="near misses"):
-        specs = [
-            s for c in captions[start : start + 32] for s in (c.spec, *(near_miss(c.spec, rng) for _ in range(misses)))
-        ]
-        scenes = [place(spec, rng) for spec in specs]
-        images = torch.from_numpy(np.stack([render(objects) for objects in scenes])).permute(0, 3, 1, 2)
-        latents.append(encode_images(pipe, images / 255).half().cpu())
-        labels.append(torch.from_numpy(np.stack([token_labels(objects) for objects in scenes])).half())
-    return Renders(*(torch.cat(t).unflatten(0, (len(captions), 1 + misses)) for t in (latents, labels)))
-
-
-def batches(count: int, size: int, steps: int, first: int, seed: int) -> Iterator[Tensor]:
-    """Index batches of `size` out of `count` for steps first..steps-1, epoch by epoch without replacement."""
-    per_epoch = max(1, count // size)
-    for step in range(first, steps):
-        epoch, position = divmod(step, per_epoch)
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 7919 + epoch))
-        yield order[position * size : (position + 1) * size]

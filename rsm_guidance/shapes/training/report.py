@@ -1,32 +1,25 @@
-"""How good a judge is: pair and sibling accuracy per noise level, as numbers, table and plot."""
+"""How good a reward model is: pair and sibling accuracy per noise level, as numbers, table and plot."""
 
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from rsm_guidance.shapes.training.groups import Groups
+from rsm_guidance.core.random import generator_of
+from rsm_guidance.io.files import write_atomically
 from rsm_guidance.reward_models import DiffusionRewardModel
+from rsm_guidance.shapes.training.groups import BranchGroups
+from rsm_guidance.training.reward_model import pairs_won
 
 SIGMAS = (0.05, 0.2, 0.4, 0.6, 0.75, 0.85, 0.92, 0.97)
-_GAP = 0.05
 _FEW_PAIRS = 20
 
 
-def pairs_won(scores: Tensor, targets: Tensor) -> tuple[float, int]:
-    """Sum of pairs ordered right (ties count half) and number of pairs; scores and targets [G, K]."""
-    wins = (targets[:, :, None] - targets[:, None, :]) > _GAP
-    difference = scores[:, :, None] - scores[:, None, :]
-    right = (difference > 0).double() + 0.5 * (difference == 0).double()
-    return float(right[wins].sum()), int(wins.sum())
-
-
 @torch.no_grad()
-def pair_accuracy(drm: DiffusionRewardModel, groups: Groups, sigma: float, seed: int = 0) -> tuple[float, int]:
+def pair_accuracy(drm: DiffusionRewardModel, groups: BranchGroups, sigma: float, seed: int = 0) -> tuple[float, int]:
     """Accuracy on finished samples re-noised to one level, and the number of pairs."""
     g, k = groups.finals.shape[:2]
-    noise = torch.randn(groups.finals.shape, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(groups.finals.shape, generator=generator_of("pair accuracy", seed))
     latents = (1 - sigma) * groups.finals.float() + sigma * noise
     prompts = [p for p in groups.prompts for _ in range(k)]
     right, count = pairs_won(drm.score(latents.flatten(0, 1), 1000 * sigma, prompts).view(g, k), groups.scores)
@@ -34,7 +27,7 @@ def pair_accuracy(drm: DiffusionRewardModel, groups: Groups, sigma: float, seed:
 
 
 @torch.no_grad()
-def sibling_accuracy(drm: DiffusionRewardModel, groups: Groups) -> dict[float, tuple[float, int]]:
+def sibling_accuracy(drm: DiffusionRewardModel, groups: BranchGroups) -> dict[float, tuple[float, int]]:
     """Accuracy on siblings by the noise level at which they lie: sigma -> (accuracy, pairs)."""
     k = groups.children.shape[1]
     result = {}
@@ -48,7 +41,7 @@ def sibling_accuracy(drm: DiffusionRewardModel, groups: Groups) -> dict[float, t
     return result
 
 
-def validation_accuracy(drm: DiffusionRewardModel, groups: Groups) -> dict[str, float]:
+def validation_accuracy(drm: DiffusionRewardModel, groups: BranchGroups) -> dict[str, float]:
     """Pair accuracy over three levels, sibling accuracy, and both over all their pairs together."""
     drm.eval()
     pairs, siblings = (
@@ -62,7 +55,7 @@ def validation_accuracy(drm: DiffusionRewardModel, groups: Groups) -> dict[str, 
     return {"pair": pooled(pairs), "sibling": pooled(siblings), "mean": pooled(pairs + siblings)}
 
 
-def report_accuracy(drm: DiffusionRewardModel, groups: Groups, plot: Path) -> dict[str, object]:
+def report_accuracy(drm: DiffusionRewardModel, groups: BranchGroups, plot: Path) -> dict[str, object]:
     """Accuracy per level on held-out captions, generated images only, and a plot of it."""
     pair = {s: pair_accuracy(drm, groups, s) for s in SIGMAS}
     sibling = sibling_accuracy(drm, groups)
@@ -89,5 +82,6 @@ def draw_accuracy(curves: dict[str, dict[float, tuple[float, int]]], path: Path)
         axes.errorbar(sigma, accuracy, error, marker="o", capsize=3, label=label)
     axes.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
     axes.set(xlabel="noise level sigma", ylabel="accuracy", ylim=(0.35, 1.0), title="Reward model on held-out captions")
-    axes.legend()
-    figure.savefig(path, dpi=150)
+    if axes.containers:
+        axes.legend()
+    write_atomically(path, lambda partial: figure.savefig(partial, dpi=150))

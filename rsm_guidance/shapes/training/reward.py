@@ -1,32 +1,31 @@
-"""Trains a diffusion reward model on preference pairs: `rsm-guidance train reward`.
+"""Trains a diffusion reward model on the shapes world: `rsm-guidance train reward`.
 
-Loss: Bradley-Terry, -log sigmoid(s_win - s_lose), both images of a pair noised to the same random level (arXiv
-2605.25661, section 3).  Beside these re-noised pairs the trainer uses sibling pairs and rendered near misses
-(`training.preferences`) and predicts per token what the finished image holds (`training.objects`); those are ours, as is
-the choice of independent noise for the two images of a pair.
+What it is trained for is in `training.objective`; the loop is `rsm_guidance.training`.
 """
 
-import json
-import os
 import random
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
-from tqdm.auto import tqdm
+from diffusers import DiffusionPipeline
 
-from rsm_guidance.core.rows import per_row
-from rsm_guidance.shapes.scenes import Caption, caption_set, random_caption
-from rsm_guidance.training.checkpoint import Ema, load_state, save_state, warmup_cosine
-from rsm_guidance.shapes.training.objects import ObjectHead
-from rsm_guidance.shapes.training.groups import GroupConfig, Groups, Renders, batches, generate_groups, render_near_misses
-from rsm_guidance.shapes.training.report import report_accuracy, validation_accuracy
+from rsm_guidance.core.random import generator_of
+from rsm_guidance.io.files import write_json
 from rsm_guidance.reward_models import DiffusionRewardModel, load_backbone
 from rsm_guidance.reward_models.model import Adaptation
+from rsm_guidance.shapes.scenes import Caption, caption_set, random_caption
+from rsm_guidance.shapes.training.groups import BranchGroups, GroupConfig, generate_groups
+from rsm_guidance.shapes.training.hard_negatives import Renders, render_hard_negatives
+from rsm_guidance.shapes.training.objective import Preferences
+from rsm_guidance.shapes.training.report import report_accuracy, validation_accuracy
+from rsm_guidance.training import Batches, LoopConfig, adamw, cosine, fit
+from rsm_guidance.training.loop import Metrics
+from rsm_guidance.training.optim import freeze_unreached
 
-_GAP = 0.05  # smaller differences of the verifier's score are no preference
+_TUNED_TRUNK = 0.33  # learning rate of a tuned trunk, as a share of the head's
+_EMA_DECAY = 0.995
 
 
 @dataclass(frozen=True)
@@ -83,89 +82,63 @@ class RewardTrainConfig:
             raise ValueError(f"a preference needs at least 2 siblings; got {self.groups.siblings}")
 
 
-def pair_loss(scores: Tensor, targets: Tensor) -> Tensor:
-    """Bradley-Terry loss over all pairs of each group whose targets differ; scores and targets [G, K], scalar."""
-    difference = scores[:, :, None] - scores[:, None, :]
-    wins = (targets[:, :, None] - targets[:, None, :]) > _GAP
-    if not bool(wins.any()):
-        return scores.sum() * 0
-    return F.softplus(-difference[wins]).mean()
+@dataclass(frozen=True)
+class RewardData:
+    """Branch groups to train on, to stop by and to report, and rendered hard negatives of the training captions."""
+
+    train: BranchGroups
+    validation: BranchGroups
+    reported: BranchGroups
+    renders: Renders
 
 
-def renoise(x0: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
-    """(1 - sigma) x0 + sigma eps for groups x0 [G, K, ...] at one level per group, sigma [G]; fresh noise for each."""
-    s = per_row(sigma, x0)
-    return (1 - s) * x0 + s * torch.randn(x0.shape, generator=generator)
-
-
-def batch_loss(
-    drm: DiffusionRewardModel,
-    objects: ObjectHead,
-    groups: Groups,
-    renders: Renders,
-    rows: Tensor,
-    config: RewardTrainConfig,
-    generator: torch.Generator,
-) -> tuple[Tensor, dict[str, float]]:
-    """Loss of one batch: re-noised finals, siblings at their own level, and rendered pairs, in one forward pass."""
-    g, k, device = len(rows), groups.finals.shape[1], next(drm.head.parameters()).device
-    level = torch.rand(g, generator=generator) ** 0.75 * 0.98 + 0.01  # noisier than even, as sampling schedules are
-    render_level = torch.rand(g, generator=generator) * 0.85
-    latents = torch.cat(
-        [
-            renoise(groups.finals[rows].float(), level, generator),
-            groups.children[rows].float(),
-            renoise(renders.latents[rows].float(), render_level, generator),
-        ],
-        1,
-    )
-    n = latents.shape[1]
-    sigma = torch.cat(
-        [
-            level[:, None].expand(g, k),
-            groups.sigma[rows, None].expand(g, k),
-            render_level[:, None].expand(g, n - 2 * k),
-        ],
-        1,
-    )
-    prompts = [groups.prompts[r] for r in rows.tolist() for _ in range(n)]
-    x = latents.flatten(0, 1).to(device)
-    visual, grid = drm.features(x, 1000 * sigma.flatten().to(device), prompts, drm.grid(x))
-    scores = drm.head(visual, grid).view(g, n)
-    targets = groups.scores[rows].to(device)
-    parts = {
-        "renoised": pair_loss(scores[:, :k], targets),
-        "siblings": pair_loss(scores[:, k : 2 * k], targets),
-        "rendered": F.softplus(scores[:, 2 * k + 1 :] - scores[:, 2 * k, None]).mean(),
-    }
-    loss = parts["renoised"] + config.sibling_weight * parts["siblings"] + 0.5 * parts["rendered"]
-    if config.object_weight and config.adaptation != "frozen":
-        seen = groups.labels[rows].repeat(1, 2, 1, 1)  # siblings are to foresee it
-        labels = torch.cat([seen, renders.labels[rows]], 1).to(device)
-        parts["objects"] = objects.loss(visual.view(g, n, *visual.shape[1:]), labels)
-        loss = loss + config.object_weight * parts["objects"]
-    return loss, {name: part.item() for name, part in parts.items()}
-
-
-def train_reward(config: RewardTrainConfig) -> dict[str, object]:
+def train_reward(config: RewardTrainConfig) -> dict[str, Any]:
     """Generate data, train, keep the best checkpoint by held-out accuracy, and write model, report and plot.
 
     Resumes where it was interrupted.  Returns the report.
     """
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
     pipe = load_backbone(config.pipeline)
     pipe.set_progress_bar_config(disable=True)
+    data = reward_data(pipe, config)
+    objective = build_objective(pipe, data, config)
+    trunk_lr = config.lr * (_TUNED_TRUNK if config.adaptation == "full" else 1.0)
+    modules = [(objective.drm.head, config.lr), (objective.drm.trunk, trunk_lr)]
+    if objective.objects is not None:
+        modules.append((objective.objects, config.lr))
+    optimizer = adamw(modules, config.weight_decay)
+    history = fit(
+        objective,
+        optimizer,
+        cosine(optimizer, config.steps),
+        Batches(range(len(data.train)), config.batch_groups, config.seed),
+        LoopConfig("reward model", config.steps, config.evaluate_every, config.seed, _EMA_DECAY),
+        out / "state",
+        lambda past: keep_best(objective.drm, data.validation, past, out / "model"),
+    )
+    best = DiffusionRewardModel.from_pretrained(str(out / "model"), pipe=pipe)
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
+    report: dict[str, Any] = {"config": settings | {"groups": config.groups.described()}, "history": history}
+    report |= report_accuracy(best, data.reported, out / "accuracy.png")
+    write_json(out / "report.json", report)
+    return report
+
+
+def reward_data(pipe: DiffusionPipeline, config: RewardTrainConfig) -> RewardData:
+    """Generate, or read, what the configuration asks for."""
     captions = caption_set(config.prompts, config.seed, held_out=False)
-    held_out = validation_captions(config.validation_prompts)
-    data = Path(config.data or out / "data")
-    train = generate_groups(pipe, captions, config.groups, data / "train", config.seed, "training samples")
+    folder = Path(config.data or Path(config.out) / "data")
+    train = generate_groups(pipe, captions, config.groups, folder / "train", config.seed, "training samples")
     # small batches, so that siblings lie at many levels
     small = replace(config.groups, batch_size=min(12, config.groups.batch_size))
-    samples = generate_groups(pipe, held_out, small, data / "validation", config.seed, "validation samples")
-    valid, reported = samples.every_other(0), samples.every_other(1)
-    renders = render_near_misses(pipe, captions, config.seed)
+    held_out = validation_captions(config.validation_prompts)
+    samples = generate_groups(pipe, held_out, small, folder / "validation", config.seed, "validation samples")
+    renders = render_hard_negatives(pipe, captions, config.seed)
+    return RewardData(train, samples.every_other(0), samples.every_other(1), renders)
 
+
+def build_objective(pipe: DiffusionPipeline, data: RewardData, config: RewardTrainConfig) -> Preferences:
+    """An untrained reward model and its objective; what the scores do not depend on is frozen."""
     torch.manual_seed(config.seed)
     drm = DiffusionRewardModel.from_pipeline(
         pipe,
@@ -175,46 +148,20 @@ def train_reward(config: RewardTrainConfig) -> dict[str, object]:
         head_width=config.head_width,
         backbone=config.pipeline,
     )
-    trunk = [p for p in drm.trunk.parameters() if p.requires_grad] if config.adaptation != "frozen" else []
-    objects = ObjectHead(drm.trunk.dim).to(pipe.device)
-    head = [*drm.head.parameters(), *objects.parameters()]
-    factors = [1.0, 0.33] if config.adaptation == "full" else [1.0, 1.0]
-    optimizer = torch.optim.AdamW(
-        [{"params": head}, {"params": trunk}] if trunk else [{"params": head}], weight_decay=config.weight_decay
-    )
-    ema = Ema([drm.head, *([drm.trunk] if trunk else [])], 0.995)
-    modules = {"drm": drm, "objects": objects, "ema": ema.shadow}
-    state = load_state(out / "state", modules, optimizer) or {"step": 0, "best": -1.0, "history": []}
-    first, best = int(state["step"]), float(state["best"])  # type: ignore[call-overload, arg-type]
-    history: list[dict[str, float]] = list(state["history"])  # type: ignore[call-overload]
-    bar = tqdm(range(first, config.steps), desc="reward model", initial=first, total=config.steps, mininterval=5)
-    for step, rows in zip(bar, batches(len(train), config.batch_groups, config.steps, first, config.seed), strict=True):
-        for group, factor in zip(optimizer.param_groups, factors, strict=False):
-            group["lr"] = config.lr * factor * warmup_cosine(step, config.steps)
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        loss, parts = batch_loss(drm, objects, train, renders, rows, config, generator)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_([*head, *trunk], 1.0)
-        optimizer.step()
-        ema.update(step)
-        bar.set_postfix({k: f"{v:.3f}" for k, v in parts.items()})
-        if (step + 1) % config.evaluate_every == 0 or step + 1 == config.steps:
-            ema.swap()
-            accuracy = validation_accuracy(drm, valid)  # on one half; the report uses the other
-            history.append({"step": step + 1, **accuracy, **parts})
-            if accuracy["mean"] > best:
-                best = accuracy["mean"]
-                drm.save_pretrained(out / "model")
-            ema.swap()
-            save_state(out / "state", step + 1, modules, optimizer, {"best": best, "history": history})
-    chosen = DiffusionRewardModel.from_pretrained(str(out / "model"), pipe=pipe)
-    report = {"config": json.loads(json.dumps(asdict(config), default=str)), "history": history}
-    report |= report_accuracy(chosen, reported, out / "accuracy.png")
-    partial = out / "report.json.partial"
-    partial.write_text(json.dumps(report, indent=1))
-    os.replace(partial, out / "report.json")
-    return report
+    with torch.no_grad():  # text features are kept, and round as their batch does: a resumed run is to find the same
+        drm.score(data.train.finals[:, 0].float(), 0.0, data.train.prompts)
+    object_weight = 0.0 if config.adaptation == "frozen" else config.object_weight
+    objective = Preferences(drm, data.train, data.renders, config.sibling_weight, object_weight)
+    freeze_unreached(objective, objective(torch.arange(1), generator_of("probe"))["loss"])
+    return objective
+
+
+def keep_best(drm: DiffusionRewardModel, groups: BranchGroups, past: list[Metrics], folder: Path) -> Metrics:
+    """Accuracies on validation groups; saves the model if their mean is above those of the past."""
+    accuracy = validation_accuracy(drm, groups)
+    if accuracy["mean"] > max((entry["mean"] for entry in past), default=-1.0):
+        drm.save_pretrained(folder)
+    return accuracy
 
 
 def validation_captions(count: int) -> list[Caption]:

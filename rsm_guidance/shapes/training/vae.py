@@ -1,24 +1,35 @@
 """Trains the autoencoder of the embedded shapes model: 64x64 RGB to 16x16x4 latents, L1 + MSE + a small KL."""
 
 import random
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
+from torch.utils.data import Dataset
 
 from rsm_guidance.shapes.render import render_spec
 from rsm_guidance.shapes.scenes import CATEGORIES, random_caption
-from rsm_guidance.training.checkpoint import load_state, save_state, warmup_cosine
+from rsm_guidance.training import Batches, LoopConfig, adamw, cosine, fit
+
+_MEASURED = 512  # images of which shift and scale are measured
 
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Autoencoder training: `steps` updates of `batch_size` renders at a peak learning rate `lr` (cosine to 0)."""
+    """Training of the autoencoder.
+
+    Attributes:
+        steps: updates.
+        batch_size: images per update.
+        lr: peak learning rate, reached after a warm-up; from there a half cosine leads to 0.
+        kl_weight: weight of the KL divergence of the latents from a unit Gaussian.
+        seed: of data and training.
+        save_every: updates between saved states.
+        autocast: compute in bfloat16, which is faster on a GPU, and on a CPU that computes in it.
+    """
 
     steps: int = 1000
     batch_size: int = 24
@@ -26,12 +37,23 @@ class VAEConfig:
     kl_weight: float = 1e-5
     seed: int = 0
     save_every: int = 200
+    autocast: bool = True
 
 
-def render_batch(captions: list, rng: random.Random) -> torch.Tensor:
-    """Render captions to [B, 3, 64, 64] in [-1, 1]."""
-    images = np.stack([render_spec(c.spec, rng) for c in captions])
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+@dataclass(frozen=True)
+class RenderedScenes(Dataset[Tensor]):
+    """Images [3, 64, 64] in [-1, 1] of random captions, each named by (name, number)."""
+
+    name: str
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> Tensor:
+        rng = random.Random(f"{self.name}|{number}")
+        image = render_spec(random_caption(rng.choice(CATEGORIES), rng).spec, rng)
+        return torch.from_numpy(image).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def build_vae() -> AutoencoderKL:
@@ -52,41 +74,49 @@ def build_vae() -> AutoencoderKL:
     )
 
 
+class Reconstruction(nn.Module):
+    """The objective: images [B, 3, 64, 64] in [-1, 1] to the losses of their reconstruction, and its PSNR."""
+
+    def __init__(self, vae: AutoencoderKL, config: VAEConfig) -> None:
+        super().__init__()
+        self.vae, self.config = vae, config
+
+    def forward(self, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        images = images.to(self.vae.device)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.config.autocast):
+            posterior = self.vae.encode(images).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=generator).to(images)
+            latents = posterior.mean.float() + posterior.std.float() * noise
+            decoded = self.vae.decode(latents).sample.float()
+        error = F.l1_loss(decoded, images) + F.mse_loss(decoded, images)
+        loss = error + self.config.kl_weight * posterior.kl().float().mean()
+        return {"loss": loss, "psnr": -10 * torch.log10(F.mse_loss(decoded.detach().clamp(-1, 1), images) / 4)}
+
+
 def train_vae(config: VAEConfig, folder: Path) -> AutoencoderKL:
     """Train (or resume) the autoencoder under `folder` and return it with its latent shift and scale measured."""
     torch.manual_seed(config.seed)
     vae = build_vae()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=1e-4)
-    state = load_state(folder / "vae_state", {"vae": vae}, optimizer)
-    first = int(state["step"]) if state else 0  # type: ignore[call-overload]
-    start = time.perf_counter()
-    bar = tqdm(range(first, config.steps), desc="autoencoder", initial=first, total=config.steps)
-    for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * warmup_cosine(step, config.steps)
-        rng = random.Random(f"vae|{config.seed}|{step}")
-        images = render_batch([random_caption(rng.choice(CATEGORIES), rng) for _ in range(config.batch_size)], rng)
-        with torch.autocast("cpu", torch.bfloat16):
-            posterior = vae.encode(images).latent_dist
-            noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(step))
-            latents = posterior.mean.float() + posterior.std.float() * noise
-            decoded = vae.decode(latents).sample.float()
-        kl = posterior.kl().float().mean()
-        loss = F.l1_loss(decoded, images) + F.mse_loss(decoded, images) + config.kl_weight * kl
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        if step % 20 == 0:
-            psnr = -10 * torch.log10(F.mse_loss(decoded.clamp(-1, 1), images) / 4).item()
-            bar.set_postfix(loss=f"{loss.item():.4f}", psnr=f"{psnr:.1f}", seconds=f"{time.perf_counter() - start:.0f}")
-        if (step + 1) % config.save_every == 0:
-            save_state(folder / "vae_state", step + 1, {"vae": vae}, optimizer, {})
-    with torch.no_grad():
-        rng = random.Random("vae|statistics")
-        images = render_batch([random_caption(rng.choice(CATEGORIES), rng) for _ in range(512)], rng)
-        latents = torch.cat([vae.encode(b).latent_dist.mean for b in images.split(64)])
+    optimizer = adamw([(vae, config.lr)], 1e-4, (0.9, 0.99))
+    images = RenderedScenes(f"vae|{config.seed}", config.steps * config.batch_size)
+    fit(
+        Reconstruction(vae, config),
+        optimizer,
+        cosine(optimizer, config.steps),
+        Batches(images, config.batch_size, config.seed),
+        LoopConfig("autoencoder", config.steps, config.save_every, config.seed),
+        folder / "vae_state",
+    )
+    return measured(vae).eval()
+
+
+@torch.no_grad()
+def measured(vae: AutoencoderKL) -> AutoencoderKL:
+    """The same autoencoder, with the shift and scale by which its latents are standardised in its configuration."""
+    scenes = RenderedScenes("vae|statistics", _MEASURED)
+    images = torch.stack([scenes[number] for number in range(_MEASURED)]).to(vae.device)
+    latents = torch.cat([vae.encode(part).latent_dist.mean for part in images.split(64)])
     vae.register_to_config(
         shift_factor=round(latents.mean().item(), 4), scaling_factor=round(1 / latents.std().item(), 4)
     )
-    return vae.eval()
+    return vae

@@ -1,0 +1,190 @@
+"""Training of the shapes world's reward model, tiny and end to end."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import tyro
+from diffusers import StableDiffusion3Pipeline
+
+from rsm_guidance.core.random import generator_of
+from rsm_guidance.reward_models import DiffusionRewardModel
+from rsm_guidance.shapes import verify
+from rsm_guidance.shapes.scenes import caption_set
+from rsm_guidance.shapes.training import reward as training
+from rsm_guidance.shapes.training.groups import BranchGroups, GroupConfig
+from rsm_guidance.shapes.training.hard_negatives import Renders, render_hard_negatives
+from rsm_guidance.shapes.training.objective import renoise
+from rsm_guidance.shapes.training.reward import (
+    RewardData,
+    RewardTrainConfig,
+    build_objective,
+    keep_best,
+    train_reward,
+    validation_captions,
+)
+from rsm_guidance.training import adamw
+
+TINY = RewardTrainConfig(
+    prompts=12,
+    validation_prompts=8,
+    steps=6,
+    batch_groups=4,
+    evaluate_every=3,
+    blocks=2,
+    groups=GroupConfig(siblings=3, steps=4, batch_size=6, autocast=False),
+)
+
+
+@pytest.fixture
+def data() -> RewardData:
+    """Random latents whose scores are their mean: something to learn without sampling."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = [c.text for c in caption_set(8, 3, held_out=False)]
+    finals = torch.randn(8, 3, 4, 16, 16, generator=generator) + torch.randn(8, 3, 1, 1, 1, generator=generator)
+    scores = finals.mean((2, 3, 4))
+    sigma = torch.tensor([0.5, 0.8] * 4)
+    children = renoise(finals, sigma, generator)
+    labels = torch.zeros(8, 3, 64, 4)
+    groups = BranchGroups(prompts, children.half(), finals.half(), sigma, scores, labels.half())
+    renders = Renders(torch.randn(8, 4, 4, 16, 16, generator=generator).half(), torch.zeros(8, 4, 64, 4).half())
+    return RewardData(groups, groups.every_other(0), groups.every_other(1), renders)
+
+
+def test_renoising_has_the_marginal_of_the_level() -> None:
+    x0 = torch.full((2, 500, 4), 3.0)
+    x = renoise(x0, torch.tensor([0.25, 1.0]), torch.Generator().manual_seed(0))
+    assert x.mean((1, 2)).tolist() == pytest.approx([2.25, 0.0], abs=0.08)
+    assert x.std((1, 2)).tolist() == pytest.approx([0.25, 1.0], rel=0.06)
+
+
+@pytest.mark.parametrize("adaptation", ["full", "lora", "frozen"])
+def test_every_trainable_tensor_of_a_reward_model_moves_and_no_other(
+    stock: StableDiffusion3Pipeline, data: RewardData, adaptation: Any
+) -> None:
+    backbone = {name: p.detach().clone() for name, p in stock.transformer.named_parameters()}
+    objective = build_objective(stock, data, replace(TINY, adaptation=adaptation, lora_rank=2))
+    before = {name: p.detach().clone() for name, p in objective.named_parameters()}
+    optimizer = adamw([(objective, 1e-3)], 0.0)
+    for step in range(2):  # a LoRA's first factor waits for the second
+        optimizer.zero_grad()
+        objective(torch.arange(4), generator_of("step", step))["loss"].backward()
+        optimizer.step()
+    moved = {name for name, p in objective.named_parameters() if not torch.equal(p, before[name])}
+    still = {name for name, p in objective.named_parameters() if p.requires_grad} - moved
+    # the last block's text queries are computed together with the image's, and their attention is thrown away
+    assert all("blocks.1.attn.add_q_proj" in name or "blocks.1.attn.norm_added_q" in name for name in still)
+    assert not [name for name, p in objective.named_parameters() if name in moved and not p.requires_grad]
+    assert any("trunk" in name for name in moved) == (adaptation != "frozen")
+    assert all("lora_" in name for name in moved if "trunk" in name) == (adaptation != "full")
+    assert any("objects" in name for name in moved) == (adaptation != "frozen")
+    assert all(torch.equal(p, backbone[name]) for name, p in stock.transformer.named_parameters())
+
+
+def test_the_losses_of_a_step_depend_on_its_generator_alone(stock: StableDiffusion3Pipeline, data: RewardData) -> None:
+    objective, rows = build_objective(stock, data, TINY), torch.tensor([1, 5])
+
+    def losses(name: str) -> dict[str, float]:
+        torch.manual_seed(hash(name) % 1000)
+        return {k: v.item() for k, v in objective(rows, generator_of(name)).items()}
+
+    assert losses("a") == losses("a") != losses("b")
+    assert losses("a").keys() == {"loss", "renoised", "siblings", "rendered", "objects"}
+    parts = losses("a")
+    assert parts["loss"] == pytest.approx(
+        parts["renoised"] + parts["siblings"] + 0.5 * parts["rendered"] + parts["objects"], rel=1e-5
+    )
+
+
+def test_a_reward_model_learns_what_it_is_shown(stock: StableDiffusion3Pipeline, data: RewardData) -> None:
+    objective = build_objective(stock, data, replace(TINY, object_weight=0.0))
+    optimizer = adamw([(objective, 2e-3)], 0.0)
+    renoised = []
+    for step in range(40):
+        losses = objective(torch.arange(8), generator_of("learn", step))
+        optimizer.zero_grad()
+        losses["loss"].backward()
+        optimizer.step()
+        renoised.append(losses["renoised"].item())
+    assert sum(renoised[-8:]) / 8 < 0.6 < renoised[0]
+    with torch.no_grad():
+        accuracy = training.validation_accuracy(objective.drm, data.train)
+    assert accuracy["pair"] > 0.75
+
+
+def test_the_best_model_so_far_is_kept(
+    stock: StableDiffusion3Pipeline, data: RewardData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drm = DiffusionRewardModel.from_pipeline(stock, blocks=1, adaptation="frozen", backbone="shapes")
+    saved: list[float] = []
+    monkeypatch.setattr(type(drm), "save_pretrained", lambda self, folder: saved.append(past[-1] if past else -1.0))
+    past: list[float] = []
+    for mean in (0.6, 0.5, 0.7, 0.7):
+        monkeypatch.setattr(training, "validation_accuracy", lambda *_, mean=mean: {"mean": mean})
+        entry = keep_best(drm, data.validation, [{"mean": m} for m in past], tmp_path)
+        past.append(entry["mean"])
+    assert saved == [-1.0, 0.5]  # at first, and after 0.5; a draw keeps the older
+
+
+def test_hard_negatives_come_after_a_correct_render(stock: StableDiffusion3Pipeline) -> None:
+    captions = caption_set(6, 1, held_out=False)
+    renders = render_hard_negatives(stock, captions, seed=0)
+    assert renders.latents.shape == (6, 4, 4, 16, 16) and renders.labels.shape == (6, 4, 64, 4)
+    x = renders.latents.float().flatten(0, 1) / stock.vae.config.scaling_factor + stock.vae.config.shift_factor
+    with torch.no_grad():
+        images = ((stock.vae.decode(x).sample + 1) * 127.5).clamp(0, 255).round().byte().permute(0, 2, 3, 1).numpy()
+    correct = [verify(image, captions[i // 4].text).correct for i, image in enumerate(images)]
+    assert all(correct[::4]) and sum(correct) <= 7
+
+
+def test_validation_captions_are_held_out_and_not_of_the_benchmark() -> None:
+    chosen = validation_captions(60)
+    assert len({c.text for c in chosen}) == 60
+    assert not {c.spec.canonical() for c in chosen} & {c.spec.canonical() for c in caption_set(512, 0)}
+
+
+def test_settings_that_cannot_train_are_refused() -> None:
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        replace(TINY, steps=0)
+    with pytest.raises(ValueError, match="at least 2 siblings"):
+        replace(TINY, groups=GroupConfig(siblings=1))
+
+
+def test_a_transition_is_written_as_text_on_the_command_line() -> None:
+    read = tyro.cli(RewardTrainConfig, args=["--groups.transition", "ddim 0.5"])
+    assert str(read.groups.transition) == "ddim 0.5"
+
+
+def interrupting(at: int, real: Callable[..., Any]) -> Callable[..., Any]:
+    calls: list[int] = []
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    return interrupted
+
+
+@pytest.mark.slow
+def test_training_end_to_end_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = replace(TINY, out=tmp_path / "whole", adaptation="lora", lora_rank=2)
+    report = train_reward(whole)
+    assert json.loads((tmp_path / "whole/report.json").read_text()) == json.loads(json.dumps(report))
+    assert [h["step"] for h in report["history"]] == [3, 6] and len(report["pair"]) == 8
+    assert report["config"]["groups"]["transition"] == "cps 0.9"
+    assert (tmp_path / "whole/accuracy.png").stat().st_size > 5000
+
+    parts = replace(whole, out=tmp_path / "parts", data=tmp_path / "whole/data")
+    monkeypatch.setattr(training, "validation_accuracy", interrupting(2, training.validation_accuracy))
+    with pytest.raises(KeyboardInterrupt):
+        train_reward(parts)
+    monkeypatch.undo()
+    assert train_reward(parts)["history"] == report["history"]
+    weights = [(tmp_path / name / "model/model.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert weights[0] == weights[1]

@@ -279,3 +279,15 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
     return type(a) is type(b) and bool(a is b or a == b)
+
+
+def size_of(argument: Argument) -> int:
+    """Bytes of the tensors that an argument keeps for its rows."""
+    if isinstance(argument, Group):
+        return sum(size_of(part) for part in argument.parts)
+    if isinstance(argument, Latents):
+        return 0 if argument.frame is None else size_of(argument.frame)
+    if not isinstance(argument, PerRow):
+        return 0
+    entries = argument.content if isinstance(argument.content, list) else [argument.content]
+    return sum(entry.nbytes for entry in entries if isinstance(entry, Tensor))

@@ -1,9 +1,10 @@
-"""`PipelineDenoiser`: any supported diffusers pipeline as a `core.denoiser.Denoiser`."""
+"""`PipelineDenoiser`: any supported diffusers pipeline as a `core.contracts.Denoiser`."""
 
 import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,10 +14,10 @@ from torch import Tensor
 
 from rsm_guidance.core.contracts import StopRequested
 from rsm_guidance.core.schedule import NoiseSchedule, Prediction
-from rsm_guidance.engine.families import denoisers_of, pick_rows, prompts_of, require_drivable, stock_call_of, traits_of
+from rsm_guidance.engine.families import denoisers_of, require_drivable, stock_call_of
 from rsm_guidance.engine.loop import Done, Pause, Start, Step, StockLoop
-from rsm_guidance.engine.memory import MicroBatch, cast_weights_kept
-from rsm_guidance.engine.restart import Draws, Encoder
+from rsm_guidance.engine.memory import MicroBatch, under_gradient
+from rsm_guidance.engine.restart import Repeats
 from rsm_guidance.engine.schedulers import Levels, read_levels, refusal
 
 _DECODED_AT_ONCE = 2**18  # latent elements: four latents of 1024x1024 pixels at a time
@@ -24,7 +25,30 @@ _REFUSED = {
     "denoising_end": "it stops before the latents are clean, and nothing could judge them",
     "padding_mask_crop": "it pastes the result into the picture outside of the denoising loop",
 }
-_CONDITIONING = ("prompt", "negative_prompt", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+
+
+@dataclass
+class _Paused:
+    """A paused stock call: the rows it holds, at which level, with which latents, and what the denoiser said of them."""
+
+    loop: StockLoop
+    start: Start
+    rows: tuple[int, ...]
+    level: int
+    sample: Tensor
+    step: Step | None = None
+    version: int = 0
+
+    def answer_to(self, x: Tensor) -> Step | None:
+        """The known answer about latents, where it is what the denoiser would say now.
+
+        Known latents are the same object, not changed in place since.  An answer with an autograd graph is given once.
+        """
+        step = self.step
+        if step is None or step.following is not None or x is not self.sample or x._version != self.version:
+            return None
+        graph = step.model_output.requires_grad or (torch.is_grad_enabled() and x.requires_grad)
+        return None if graph else step
 
 
 class PipelineDenoiser:
@@ -56,33 +80,21 @@ class PipelineDenoiser:
         self.evaluations = 0.0
         self.checkpointing = False
         self._fitting, self._decoding = MicroBatch(sys.maxsize), MicroBatch(sys.maxsize)
-        self.prompts = prompts_of(call)
-        self._call = {k: [*v] if isinstance(v, list) else v for k, v in call.items()}  # some calls change their lists
-        self._draws = Draws(call.get("generator"))
-        self._encoded: list[Any] = []
+        self._repeats = Repeats(pipe, call)
+        self.prompts = self._repeats.prompts
         self._others: list[PipelineDenoiser] = []
         self._levels: Levels | None = None
-        self._initial: Tensor | None = None
+        self._start: Start | None = None
         self._scheduler_state: dict[str, Any] = {}
-        self._size: tuple[int, int] | None = None
-        self._steps = 0
         self._per_row = 0.0
-        # The paused loop: which rows it holds, at which level, with which latents, and what the denoiser said of them.
-        self._loop: StockLoop | None = None
-        self._base = tuple(range(len(self.prompts)))
-        self._rows = self._base
-        self._level = 0
-        self._sample: Tensor | None = None
-        self._step: Step | None = None
-        self._version = 0
+        self._paused: _Paused | None = None
 
     # --- Denoiser ---
 
     @property
     def steps(self) -> int:
         """Number of levels that the call visits; with some schedulers more than `num_inference_steps`."""
-        self.initial()
-        return self._steps
+        return self._started().steps
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -101,27 +113,32 @@ class PipelineDenoiser:
 
     def initial(self, generators: Sequence[torch.Generator] | None = None) -> Tensor:
         """The latents [B, ...] the stock call starts from: its own, or those it prepares with other generators [B]."""
-        if self._initial is None:
-            call = self._call
-            if isinstance(call.get("generator"), list) and traits_of(self.pipe).draws:
-                # An image for each row, so that each is encoded with its row's random numbers and not with the first's.
-                call = call | self._images(self._base)
-            self._initial = self._restart(call, self._base)
+        own = self._started().latents
         if generators is None:
-            return self._initial
-        loop = self._new_loop(self._call_for(self._base, list(generators)), self._base)
-        pause = loop.resume()
-        loop.close()
-        assert isinstance(pause, Start)
-        return pause.latents
+            return own
+        base = self._repeats.base
+        loop = self._new_loop(self._repeats.of(base, list(generators)), base)
+        try:
+            return _start_of(loop).latents
+        finally:
+            loop.close()
 
     def predict(self, x: Tensor, level: int, rows: Tensor | None = None) -> Prediction:
-        """Denoise x at a level; see `core.denoiser.Denoiser`."""
+        """Denoise x [R, ...] at a level; see `core.contracts.Denoiser`.
+
+        What is free: asking again about the tensor that was asked about last (the object itself, unchanged, without a
+        graph).  What costs a denoiser evaluation and no more: latents one level on, for the same rows.  All else, also a
+        clone of known latents, restarts the stock call at the level: its prompts are not encoded again, but input images
+        are.
+
+        Raises:
+            ValueError: at the clean level, and if latents and rows are not as many.
+        """
         levels = self._read()
         levels.schedule.coefficients(level)
-        if level == self._steps:
+        if level == self.steps:
             raise ValueError(f"level {level} is clean; there is nothing to predict")
-        wanted = self._base if rows is None else tuple(rows.tolist())
+        wanted = self._repeats.base if rows is None else tuple(rows.tolist())
         if len(wanted) != len(x):
             raise ValueError(f"{len(x)} latents were given for {len(wanted)} rows; they must be as many")
         with self._under_gradient():
@@ -135,44 +152,38 @@ class PipelineDenoiser:
         generators: Sequence[torch.Generator] | None = None,
         start: Tensor | None = None,
     ) -> Iterator[tuple[Prediction | None, Tensor]]:
-        """Run the call with the scheduler's own steps; see `core.denoiser.Denoiser`.
+        """Run the call with the scheduler's own steps; see `core.contracts.Denoiser`.
 
         Without generators and start this is the stock call, bit for bit.
         """
-        self.initial()
-        readable = refusal(self.pipe.scheduler) is None
-        wanted = self._base if rows is None else tuple(rows.tolist())
+        initial = self.initial()
+        base, readable = self._repeats.base, refusal(self.pipe.scheduler) is None
+        wanted = base if rows is None else tuple(rows.tolist())
         if start is not None and len(start) != len(wanted):
             raise ValueError(f"{len(start)} starting latents were given for {len(wanted)} rows; they must be as many")
+        paused = self._paused
         if generators is not None:
-            self._restart(self._call_for(wanted, list(generators)), wanted, start)
+            paused = self._restart(self._repeats.of(wanted, list(generators)), wanted, start)
         elif start is not None:
-            self._restart(self._call_for(wanted, self._draws.again(wanted, self._base)), wanted, start)
-        elif (
-            self._loop is None
-            or not self._loop.alive
-            or self._level
-            or self._step is not None
-            or self._rows != self._base
-        ):
-            self._restart(
-                self._call_for(self._base, self._draws.again(self._base, self._base)), self._base, self._initial
-            )
-        assert self._loop is not None
-        self._loop.own_steps = True
-        for level in range(self._steps):
-            step = self._advance(None)
-            assert step.following is not None
+            paused = self._restart(self._repeats.of(wanted), wanted, start)
+        elif not (paused and paused.loop.alive and paused.level == 0 and paused.step is None and paused.rows == base):
+            paused = self._restart(self._repeats.of(base), base, initial)
+        paused.loop.own_steps = True
+        for level in range(self.steps):
+            step = self._advance(paused, None)
+            following = step.following
+            if following is None:
+                raise RuntimeError("a call that takes its scheduler's steps paused before one")
             prediction = self._read().read(step.sample, step.model_output, level) if readable else None
-            self._level, self._sample = level, step.following
-            yield prediction, step.following
+            paused.level, paused.sample = level, following
+            yield prediction, following
 
     def decode(self, x0: Tensor, rows: Tensor | None = None) -> Tensor:
         """Clean latents [R, ...] to images [R, 3, H, W] in [0, 1] (videos [R, F, 3, H, W]), differentiable.
 
         It is the pipeline's own decoder, and inpainting pastes the known region of each row.
         """
-        wanted = self._base if rows is None else tuple(rows.tolist())
+        wanted = self._repeats.base if rows is None else tuple(rows.tolist())
 
         def decoded(piece: slice) -> Tensor:
             images: Tensor = self._zero_step(x0[piece], "pt", wanted[piece])[0]
@@ -186,37 +197,27 @@ class PipelineDenoiser:
 
     def finish(self, x0: Tensor) -> Any:
         """The stock output for final latents [B, ...], in the output type the call asked for."""
-        at_end = self._rows == self._base and self._level == self.steps - 1
-        if self._loop is not None and self._loop.alive and at_end and self._step is not None:
-            if self._step.following is None or self._step.following is x0:
-                pause = self._loop.resume(x0)
-                assert isinstance(pause, Done)
-                return pause.output
-        return self._zero_step(x0, str(self._call.get("output_type", "pil")), self._base)
+        paused, base = self._paused, self._repeats.base
+        if paused and paused.loop.alive and paused.rows == base and paused.level == self.steps - 1 and paused.step:
+            if paused.step.following is None or paused.step.following is x0:
+                pause = self._resume(paused.loop, x0)
+                if isinstance(pause, Done):
+                    return pause.output
+        return self._zero_step(x0, str(self._repeats.call.get("output_type", "pil")), base)
 
     @property
     def token_grid(self) -> tuple[int, int] | None:
         """Rows and columns of packed latents [B, S, C]; None where latents are planes."""
-        if self.initial().ndim != 3 or self._size is None:
+        start = self._started()
+        if start.latents.ndim != 3 or start.size is None:
             return None
         patch = 2 * self.pipe.vae_scale_factor
-        return self._size[0] // patch, self._size[1] // patch
+        return start.size[0] // patch, start.size[1] // patch
 
-    @contextmanager
-    def _under_gradient(self) -> Iterator[None]:
+    def _under_gradient(self) -> AbstractContextManager[None]:
         """Where there is a gradient: checkpointing of denoiser and decoder, if asked for, and weights as they were cast."""
         modules: list[Any] = [*denoisers_of(self.pipe).values(), getattr(self.pipe, "vae", None)]
-        modules = [m for m in modules if isinstance(m, torch.nn.Module)]
-        able = [m for m in modules if getattr(m, "_supports_gradient_checkpointing", False)]
-        chosen = [m for m in able if self.checkpointing and torch.is_grad_enabled() and not m.is_gradient_checkpointing]
-        for module in chosen:
-            module.enable_gradient_checkpointing()
-        try:
-            with cast_weights_kept(modules):
-                yield
-        finally:
-            for module in chosen:
-                module.disable_gradient_checkpointing()
+        return under_gradient([m for m in modules if isinstance(m, torch.nn.Module)], self.checkpointing)
 
     @property
     def levels(self) -> Levels:
@@ -232,7 +233,7 @@ class PipelineDenoiser:
         """The guidance scales that the call names, or its defaults."""
         parameters = inspect.signature(stock_call_of(type(self.pipe))).parameters
         names = [n for n in ("guidance_scale", "true_cfg_scale") if n in parameters]
-        values = [self._call.get(n, parameters[n].default) for n in names]
+        values = [self._repeats.call.get(n, parameters[n].default) for n in names]
         return [float(v) for v in values if isinstance(v, int | float)]
 
     def rehearse(self, x: Tensor, rows: tuple[int, ...], stand_ins: Mapping[str, Any]) -> Iterator[Step]:
@@ -241,24 +242,25 @@ class PipelineDenoiser:
         It is apart from the paused call.  A callback of the caller's own is left out, diffusers' stay.
         """
         self.initial()
-        call = self._call_for(rows, self._draws.again(rows, self._base))
+        call = self._repeats.of(rows)
         if not isinstance(call.get("callback_on_step_end"), PipelineCallback | MultiPipelineCallbacks):
             call.pop("callback_on_step_end", None)
         call.pop("callback", None)
         loop = self._new_loop(call, rows, x, stand_ins=stand_ins)
         try:
-            loop.resume()
-            pause = loop.resume()
-            while isinstance(pause, Step):
+            _start_of(loop)
+            for level in range(self.steps):  # and not to the end of the call, where it decodes
+                pause = loop.resume(x if level else None)
+                if not isinstance(pause, Step):
+                    return
                 yield pause
-                pause = loop.resume(x)
         finally:
             self.evaluations += loop.evaluations
             loop.close()
 
     def over(self, pipe: DiffusionPipeline | None) -> "PipelineDenoiser":
         """The denoiser of another pipeline, or of this one, for the same call; closed with this one."""
-        other = PipelineDenoiser(pipe or self.pipe, self._call)
+        other = PipelineDenoiser(pipe or self.pipe, self._repeats.call)
         self._others.append(other)
         return other
 
@@ -269,29 +271,35 @@ class PipelineDenoiser:
         self._abandon()
 
     def _abandon(self) -> None:
-        if self._loop is not None:
-            self._loop.close()
-            self._loop = None
+        if self._paused is not None:
+            self._paused.loop.close()
+            self._paused = None
 
     # --- driving the loop ---
 
+    def _started(self) -> Start:
+        """What the first call had prepared before its loop."""
+        if self._start is None:
+            paused = self._restart(self._repeats.first(), self._repeats.base)
+            self._start, self._scheduler_state = paused.start, paused.loop.scheduler_state()
+        return self._start
+
     def _read(self) -> Levels:
-        self.initial()
+        steps = self.steps
         if self._levels is None:
-            self._levels = read_levels(self.pipe.scheduler, self._scheduler_state, self._steps)
+            self._levels = read_levels(self.pipe.scheduler, self._scheduler_state, steps)
         return self._levels
 
     def _step_at(self, x: Tensor, level: int, rows: tuple[int, ...]) -> Step:
-        going_on = self._loop is not None and self._loop.alive and rows == self._rows
-        if going_on and level == self._level and x is self._sample and self._step is None:
-            return self._advance(None)
-        if going_on and level == self._level and x is self._sample and self._still_holds(x):
-            assert self._step is not None
-            return self._step
-        if going_on and level == self._level + 1 and self._step is not None and self._step.following is None:
-            return self._advance(x)
-        self._restart(self._call_for(rows, self._draws.again(rows, self._base)), rows, x, level)
-        return self._advance(None)
+        paused = self._paused
+        if paused is not None and paused.loop.alive and rows == paused.rows:
+            if level == paused.level and x is paused.sample and paused.step is None:
+                return self._advance(paused, None)
+            if level == paused.level and (known := paused.answer_to(x)) is not None:
+                return known
+            if level == paused.level + 1 and paused.step is not None and paused.step.following is None:
+                return self._advance(paused, x)
+        return self._advance(self._restart(self._repeats.of(rows), rows, x, level), None)
 
     def _new_loop(
         self,
@@ -301,103 +309,63 @@ class PipelineDenoiser:
         skip: int = 0,
         stand_ins: Mapping[str, Any] | None = None,
     ) -> StockLoop:
-        return StockLoop(self.pipe, call, latents, skip, Encoder(self._encoded, rows, len(self._base)), stand_ins)
+        return StockLoop(self.pipe, call, latents, skip, self._repeats.encoder(rows), stand_ins)
 
     def _restart(
-        self,
-        call: dict[str, Any],
-        rows: tuple[int, ...],
-        latents: Tensor | None = None,
-        skip: int = 0,
-    ) -> Tensor:
-        """Begin a stock call and stop before its first step; returns its first latents."""
+        self, call: dict[str, Any], rows: tuple[int, ...], latents: Tensor | None = None, skip: int = 0
+    ) -> _Paused:
+        """Begin a stock call and stop before its first step."""
         self._abandon()
-        self._loop = self._new_loop(call, rows, latents, skip)
-        self._rows, self._level, self._step = rows, skip, None
-        pause = self._resume(None)
-        if not isinstance(pause, Start):
-            raise ValueError(f"{type(self.pipe).__name__} opened no progress bar before its loop; it cannot be driven")
-        if not self._steps:
-            self._steps, self._scheduler_state = pause.steps, self._loop.scheduler_state()
-            self._size = pause.size
-        self._per_row = self._per_row or (2.0 if pause.guided else 1.0)
-        self._sample = pause.latents
-        return pause.latents
+        loop = self._new_loop(call, rows, latents, skip)
+        start = _start_of(loop)
+        self._per_row = self._per_row or (2.0 if start.guided else 1.0)
+        self._paused = _Paused(loop, start, rows, skip, start.latents)
+        return self._paused
 
-    def _advance(self, x: Tensor | None) -> Step:
+    def _advance(self, paused: _Paused, x: Tensor | None) -> Step:
         """Run to the next `scheduler.step`: the pending one (x is None), or the one after handing over x."""
-        assert self._loop is not None and self._sample is not None
-        before = self._loop.evaluations
-        pause = self._resume(x)
+        before = paused.loop.evaluations
+        pause = self._resume(paused.loop, x)
         if not isinstance(pause, Step):
-            stopped = self._loop.interrupted
-            self._loop = None
-            if stopped:
+            self._paused = None
+            if paused.loop.interrupted:
                 raise StopRequested(f"a callback interrupted {type(self.pipe).__name__}")
             raise ValueError(
                 f"{type(self.pipe).__name__} ended without calling scheduler.step; the engine needs a pipeline with "
                 "one denoising loop and num_inference_steps > 0"
             )
-        self._per_row = (self._loop.evaluations - before) / len(pause.sample)
+        self._per_row = (paused.loop.evaluations - before) / len(pause.sample)
         if x is not None:
-            self._level, self._sample = self._level + 1, x
-        self._step, self._version = pause, self._sample._version
+            paused.level, paused.sample = paused.level + 1, x
+        paused.step, paused.version = pause, paused.sample._version
         return pause
 
-    def _still_holds(self, x: Tensor) -> bool:
-        """Whether what was computed for x is what would be computed now: x unchanged, and no graph, which serves once."""
-        assert self._step is not None
-        graph = self._step.model_output.requires_grad or (torch.is_grad_enabled() and x.requires_grad)
-        return self._step.following is None and x._version == self._version and not graph
-
-    def _resume(self, x: Tensor | None) -> Pause:
-        assert self._loop is not None
-        before = self._loop.evaluations
+    def _resume(self, loop: StockLoop, x: Tensor | None) -> Pause:
+        before = loop.evaluations
         try:
-            return self._loop.resume(x)
+            return loop.resume(x)
         finally:
-            self.evaluations += self._loop.evaluations - before
+            self.evaluations += loop.evaluations - before
 
     def _zero_step(self, x0: Tensor, output_type: str, rows: tuple[int, ...]) -> Any:
         """The stock output of a call with every step skipped: decodes x0 [R, ...] of some rows."""
-        call = self._call_for(rows, self._draws.again(rows, self._base))
-        call |= {"output_type": output_type, "callback": None, "callback_on_step_end": None}
-        loop = self._new_loop({k: v for k, v in call.items() if v is not None or k in self._call}, rows, x0, self.steps)
+        call = self._repeats.of(rows) | {"output_type": output_type, "callback": None, "callback_on_step_end": None}
+        loop = self._new_loop(
+            {k: v for k, v in call.items() if v is not None or k in self._repeats.call}, rows, x0, self.steps
+        )
         pause = loop.resume()
         while not isinstance(pause, Done):
             pause = loop.resume()
         return pause.output
 
-    def _call_for(
-        self, rows: tuple[int, ...], generators: list[torch.Generator] | torch.Generator | None
-    ) -> dict[str, Any]:
-        """The call for other rows: one image for each, whose conditioning `Encoder` supplies."""
-        count = len(self._base)
-        call = {k: v for k, v in self._call.items() if k != "latents" and not k.startswith(_CONDITIONING)}
-        call |= {"prompt": [self.prompts[r] for r in rows], "generator": generators}
-        negative = self._call.get("negative_prompt")
-        given = negative is not None or self._call.get("negative_prompt_embeds") is not None
-        if given and traits_of(self.pipe).negatives:
-            texts = list(negative) if isinstance(negative, list) else [negative or ""]
-            call["negative_prompt"] = [texts[r * len(texts) // count] for r in rows]
-        if (copies := traits_of(self.pipe).copies) is not None:
-            call[copies] = 1
-        return call | self._images(rows)
 
-    def _images(self, rows: tuple[int, ...]) -> dict[str, Any]:
-        """The input images of rows, where the family takes one per prompt and each prompt, or row, has one."""
-        traits = traits_of(self.pipe)
-        if type(getattr(self.pipe, "controlnet", None)).__name__.startswith("Multi"):
-            return {}  # its lists hold an image for each control
-        picked: dict[str, Any] = {}
-        for name in traits.images:
-            image: Any = self._call.get(name)
-            several = isinstance(image, list)
-            if image is not None and getattr(image, "ndim", 0) == 4:  # stays a batch: some families read its axes
-                picked[name] = image[[r * len(image) // len(self._base) for r in rows]]
-            elif image is not None and (several or traits.draws):
-                picked[name] = pick_rows(list(image) if several else [image], rows, len(self._base))
-        return picked
+def _start_of(loop: StockLoop) -> Start:
+    """Run a new loop to where its first step would begin."""
+    pause = loop.resume()
+    if not isinstance(pause, Start):
+        loop.close()
+        raise ValueError(f"{type(loop.pipe).__name__} opened no progress bar before its loop; it cannot be driven")
+    return pause
 
 
 def _part(x: Tensor, piece: slice) -> Tensor:

@@ -204,13 +204,9 @@ class StockLoop:
         @functools.wraps(stock_bar)
         def progress_bar(iterable: Any = None, total: int | None = None, **kwargs: Any) -> Any:
             # Opened right before the loop, when latents and timesteps are ready: the one place all families share.
-            if self._latents is None:
-                raise ValueError(
-                    f"{type(pipe).__name__} takes given latents without preparing them, so that the engine cannot set its "
-                    "own; leave `latents` out"
-                )
+            latents = self._prepared()
             steps = self._steps(len(iterable) if total is None else total)
-            self._pause(Start(self._latents, steps, uses_guidance(pipe, self._call), self._size))
+            self._pause(Start(latents, steps, uses_guidance(pipe, self._call), self._size))
             self._fast_forward()
             return stock_bar(iterable=iterable, total=total, **kwargs)
 
@@ -242,8 +238,16 @@ class StockLoop:
     # --- inside the greenlet ---
 
     def _rows(self) -> int:
-        assert self._latents is not None
-        return len(self._latents)
+        return len(self._prepared())
+
+    def _prepared(self) -> Tensor:
+        """The latents that the loop starts from."""
+        if self._latents is None:
+            raise ValueError(
+                f"{type(self.pipe).__name__} takes given latents without preparing them, so that the engine cannot set its "
+                "own; leave `latents` out"
+            )
+        return self._latents
 
     def _pause(self, pause: Pause) -> Any:
         """Hand `pause` to whoever resumed the loop, and wait for the next latents."""
@@ -269,16 +273,15 @@ class StockLoop:
             if hasattr(scheduler, "_step_index"):
                 scheduler._step_index = (scheduler.begin_index or 0) + self._jump
         if self._blank:
-            assert self._latents is not None
-            vars(pipe).update({name: _Blank(module, self._latents) for name, module in self._denoisers.items()})
+            latents = self._prepared()
+            vars(pipe).update({name: _Blank(module, latents) for name, module in self._denoisers.items()})
 
     def _pass_blank(self) -> Tensor:
         """One skipped step is over; after the last one the denoisers are the real ones again."""
-        assert self._latents is not None
         self._blank -= 1
         if not self._blank:
             vars(self.pipe).update(self._denoisers)
-        return self._latents
+        return self._prepared()
 
     def _callback(self, stock: Callable[..., Any]) -> Callable[..., Any]:
         """The caller's callback, which is not called for skipped steps."""

@@ -1,9 +1,9 @@
 """Micro-batches that shrink when memory runs out, and gradients through weights that are stored in fewer bits."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -25,6 +25,24 @@ def cast_weights_kept(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
         return
     with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda saved: saved):
         yield
+
+
+@contextmanager
+def under_gradient(modules: Sequence[Any], checkpointing: bool) -> Iterator[None]:
+    """Run modules where there may be a gradient: weights are kept as they were cast, activations only if wanted.
+
+    With `checkpointing`, modules that can recompute their activations on the way back do so, and are left as they were.
+    """
+    able = [m for m in modules if getattr(m, "_supports_gradient_checkpointing", False)]
+    chosen = [m for m in able if checkpointing and torch.is_grad_enabled() and not m.is_gradient_checkpointing]
+    for module in chosen:
+        module.enable_gradient_checkpointing()
+    try:
+        with cast_weights_kept(modules):
+            yield
+    finally:
+        for module in chosen:
+            module.disable_gradient_checkpointing()
 
 
 @dataclass

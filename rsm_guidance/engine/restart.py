@@ -1,11 +1,16 @@
-"""What a restarted call repeats of the first: its random draws and its encoded prompts."""
+"""What a restarted call repeats of the first: its random draws, its encoded prompts, and its arguments for other rows."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 
 from rsm_guidance.core.random import derive_seed
-from rsm_guidance.engine.families import pick_rows
+from rsm_guidance.engine.families import pick_rows, prompts_of, traits_of
+
+_CONDITIONING = ("prompt", "negative_prompt", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 
 class Draws:
@@ -55,3 +60,68 @@ class Encoder:
         with torch.no_grad():
             self._encoded.append(stock(*args, **kwargs))
         return self._encoded[index]
+
+
+@dataclass
+class Repeats:
+    """Stock calls for any rows of a first one, with the same draws and texts that are encoded once.
+
+    Attributes:
+        pipe: the pipeline.
+        call: keyword arguments of the first call.
+        base: its rows.
+    """
+
+    pipe: DiffusionPipeline
+    call: Mapping[str, Any]
+    base: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.call = {
+            k: [*v] if isinstance(v, list) else v for k, v in self.call.items()
+        }  # some calls change their lists
+        self.prompts = prompts_of(self.call)
+        self.base = tuple(range(len(self.prompts)))
+        self._draws = Draws(self.call.get("generator"))
+        self._encoded: list[Any] = []
+
+    def first(self) -> dict[str, Any]:
+        """The call itself."""
+        if isinstance(self.call.get("generator"), list) and traits_of(self.pipe).draws:
+            # An image for each row, so that each is encoded with its row's random numbers and not with the first's.
+            return {**self.call, **self._images(self.base)}
+        return dict(self.call)
+
+    def of(self, rows: tuple[int, ...], generators: list[torch.Generator] | None = None) -> dict[str, Any]:
+        """The call for other rows: one image for each, whose conditioning `encoder` supplies."""
+        count = len(self.base)
+        call = {k: v for k, v in self.call.items() if k != "latents" and not k.startswith(_CONDITIONING)}
+        drawn = self._draws.again(rows, self.base) if generators is None else generators
+        call |= {"prompt": [self.prompts[r] for r in rows], "generator": drawn}
+        negative = self.call.get("negative_prompt")
+        given = negative is not None or self.call.get("negative_prompt_embeds") is not None
+        if given and traits_of(self.pipe).negatives:
+            texts = list(negative) if isinstance(negative, list) else [negative or ""]
+            call["negative_prompt"] = [texts[r * len(texts) // count] for r in rows]
+        if (copies := traits_of(self.pipe).copies) is not None:
+            call[copies] = 1
+        return call | self._images(rows)
+
+    def encoder(self, rows: tuple[int, ...]) -> Encoder:
+        """What encodes the prompts of a call for rows."""
+        return Encoder(self._encoded, rows, len(self.base))
+
+    def _images(self, rows: tuple[int, ...]) -> dict[str, Any]:
+        """The input images of rows, where the family takes one per prompt and each prompt, or row, has one."""
+        traits = traits_of(self.pipe)
+        if type(getattr(self.pipe, "controlnet", None)).__name__.startswith("Multi"):
+            return {}  # its lists hold an image for each control
+        picked: dict[str, Any] = {}
+        for name in traits.images:
+            image: Any = self.call.get(name)
+            several = isinstance(image, list)
+            if image is not None and getattr(image, "ndim", 0) == 4:  # stays a batch: some families read its axes
+                picked[name] = image[[r * len(image) // len(self.base) for r in rows]]
+            elif image is not None and (several or traits.draws):
+                picked[name] = pick_rows(list(image) if several else [image], rows, len(self.base))
+        return picked

@@ -21,21 +21,25 @@ from rsm_guidance.core.schedule import NoiseSchedule
 from rsm_guidance.engine import encode_images
 from rsm_guidance.engine.memory import MicroBatch, cast_weights_kept
 from rsm_guidance.io.names import model_name
-from rsm_guidance.reward_models.backbone import load_backbone
-from rsm_guidance.reward_models.backbones import Grid, Texts, backbone_of, denoiser_of
+from rsm_guidance.reward_models.backbone import denoiser_of, load_backbone
+from rsm_guidance.reward_models.blocks import Grid, block_names, token_grid
 from rsm_guidance.reward_models.checkpoint import CARD, checkpoint_folder, read_config, read_tensors, write_checkpoint
+from rsm_guidance.reward_models.conditioning import Conditioning
 from rsm_guidance.reward_models.config import Adaptation, DRMConfig
 from rsm_guidance.reward_models.heads.conv import RewardHead
-from rsm_guidance.reward_models.trunk import Trunk, block_names
+from rsm_guidance.reward_models.trunk import Trunk
 from rsm_guidance.reward_models.value import DRMValue
 
 _LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-_CACHED_BYTES = 512 * 2**20  # of encoded prompts
 _SCORE_BATCH = 256
 
 
 class LatentScorer(nn.Module):
-    """Trunk and head of a DRM: the module that is trained, and that DDP wraps."""
+    """Trunk and head of a DRM: the module that is trained, and that DDP wraps.
+
+    Parameters that the last tap does not depend on get no gradient (the text stream of a last joint block, say), so DDP needs
+    `find_unused_parameters=True` where the trunk is trained whole.
+    """
 
     def __init__(self, trunk: Trunk, head: RewardHead) -> None:
         super().__init__()
@@ -80,8 +84,7 @@ class DiffusionRewardModel(
         if drm_config.adaptation == "lora":
             _add_lora(trunk, drm_config.lora_rank)
         self.scorer = LatentScorer(trunk, RewardHead(trunk.dim, drm_config.head_width).to(pipe.device))
-        self._texts: dict[str, Texts] = {}
-        self._text_bytes = 0
+        self._conditioning = Conditioning(pipe)
         self._scoring = MicroBatch(_SCORE_BATCH)
         self.eval()
 
@@ -110,7 +113,7 @@ class DiffusionRewardModel(
             head_width: width of the reward head.
             backbone: name written into the checkpoint; default the id the pipeline was loaded from.
         """
-        names = block_names(denoiser_of(pipe), backbone_of(pipe))
+        names = block_names(denoiser_of(pipe))
         if blocks is None:
             blocks = 1 + max(map(names.index, taps)) if taps and set(taps) <= set(names) else round(len(names) * 7 / 8)
         name = backbone or model_name(str(pipe.config.get("_name_or_path") or ""))
@@ -169,14 +172,16 @@ class DiffusionRewardModel(
         self, latents: Tensor, timestep: float | Tensor, prompts: list[str], grid: Grid | None = None
     ) -> tuple[dict[str, Any], Grid]:
         """What `scorer` takes: the denoiser's arguments, and rows and columns of its image tokens.  Arguments as in `score`."""
-        self._check_latents(latents, len(prompts))
+        if len(latents) != len(prompts):
+            raise UsageError(f"{len(prompts)} prompts need {len(prompts)} latents; got {list(latents.shape)}")
         device = next(self.head.parameters()).device
         times = torch.as_tensor(timestep, dtype=torch.float32, device=device).expand(len(latents))
         if not bool(((times >= 0) & (times <= 1000)).all()):
             raise UsageError(f"timesteps lie in [0, 1000]; got {timestep}")
         grid = grid or self.grid(latents)
-        latents = latents.to(device, self.trunk_dtype)
-        return self.trunk.backbone.call(self.pipe, latents, times, self.encode(prompts), grid), grid
+        arguments = self._conditioning.arguments(latents.to(device), times, prompts, grid)
+        recorded: torch.dtype = denoiser_of(self.pipe).dtype
+        return (arguments if recorded == self.trunk_dtype else _cast(arguments, recorded, self.trunk_dtype)), grid
 
     def features(
         self, latents: Tensor, timestep: float | Tensor, prompts: list[str], grid: Grid | None = None
@@ -197,7 +202,8 @@ class DiffusionRewardModel(
         Raises:
             UsageError: for latents of another family, timesteps out of range, or unequal numbers.
         """
-        self._check_latents(latents, len(prompts))
+        if len(latents) != len(prompts):
+            raise UsageError(f"{len(prompts)} prompts need {len(prompts)} latents; got {list(latents.shape)}")
         times = torch.as_tensor(timestep, dtype=torch.float32).expand(len(latents))
 
         def scored(piece: slice) -> Tensor:
@@ -217,54 +223,22 @@ class DiffusionRewardModel(
 
     def score_images(self, images: Tensor, prompts: list[str], timestep: float = 0.0) -> Tensor:
         """Scores [B] of images [B, 3, H, W] in [0, 1], encoded and scored as clean latents; differentiable."""
+        latents = encode_images(self.pipe, images)
         grid = None
-        if self.trunk.backbone.packed:
-            grid = (
-                images.shape[-2] // (2 * self.pipe.vae_scale_factor),
-                images.shape[-1] // (2 * self.pipe.vae_scale_factor),
-            )
-        return self.score(encode_images(self.pipe, images), timestep, prompts, grid=grid)
-
-    @torch.no_grad()
-    def encode(self, prompts: list[str]) -> Texts:
-        """Text features of prompts [B] by name, as the denoiser takes them; each prompt is encoded once."""
-        missing = [p for p in dict.fromkeys(prompts) if p not in self._texts]
-        if missing and self._text_bytes > _CACHED_BYTES:
-            self._texts.clear()
-            self._text_bytes = 0
-            missing = list(dict.fromkeys(prompts))
-        for start in range(0, len(missing), _SCORE_BATCH):
-            chunk = missing[start : start + _SCORE_BATCH]
-            encoded = self.trunk.backbone.encode(self.pipe, chunk)
-            for i, prompt in enumerate(chunk):
-                self._texts[prompt] = {name: values[i] for name, values in encoded.items()}
-                self._text_bytes += sum(t.nbytes for t in self._texts[prompt].values())
-        entries = [self._texts[p] for p in prompts]
-        batch: Texts = {name: [e[name] for e in entries] for name in entries[0]}
-        return {n: torch.stack(v) if len({t.shape for t in v}) == 1 else v for n, v in batch.items()}
+        if latents.ndim == 3:
+            patch = 2 * self.pipe.vae_scale_factor
+            grid = images.shape[-2] // patch, images.shape[-1] // patch
+        return self.score(latents, timestep, prompts, grid)
 
     def grid(self, latents: Tensor) -> Grid:
         """Rows and columns of the denoiser's image tokens for latents; packed ones are taken for a square image."""
-        config = denoiser_of(self.pipe).config
-        if self.trunk.backbone.packed:
+        grid = token_grid(denoiser_of(self.pipe), latents)
+        if grid is None:
             side = math.isqrt(latents.shape[1])
             if side * side != latents.shape[1]:
                 raise UsageError(f"{latents.shape[1]} packed latents are no square image; pass grid=(rows, columns)")
             return side, side
-        patch = config.get("patch_size") or (config.get("all_patch_size") or [1])[0]
-        return latents.shape[-2] // patch, latents.shape[-1] // patch
-
-    def _check_latents(self, latents: Tensor, count: int) -> None:
-        config, packed = denoiser_of(self.pipe).config, self.trunk.backbone.packed
-        form, axis = ("[B, S, C]", 2) if packed else ("[B, C, H, W]", 1)
-        channels = config.in_channels
-        if latents.ndim != (3 if packed else 4) or latents.shape[axis] != channels:
-            raise UsageError(
-                f"this reward model scores latents {form} with {channels} channels; got {list(latents.shape)}, another "
-                "latent space: use a reward model trained on the generator's family"
-            )
-        if len(latents) != count:
-            raise UsageError(f"{count} prompts need {count} latents {form}; got {list(latents.shape)}")
+        return grid
 
     # --- saving and loading ---
 
@@ -330,3 +304,12 @@ def _add_lora(trunk: Trunk, rank: int) -> None:
 
     trunk.requires_grad_(False)
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=_LORA_TARGETS), trunk)
+
+
+def _cast(value: Any, old: torch.dtype, new: torch.dtype) -> Any:
+    """Arguments of a denoiser of one dtype for a copy of it in another."""
+    if isinstance(value, Tensor):
+        return value.to(new) if value.dtype == old else value
+    if isinstance(value, dict):
+        return {k: _cast(v, old, new) for k, v in value.items()}
+    return type(value)(_cast(v, old, new) for v in value) if isinstance(value, list | tuple) else value

@@ -8,130 +8,162 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rsm_guidance.reward_models.backbones import Backbone, Grid, backbone_of, denoiser_of
-
-_AFTER = (
-    "norm_out",
-    "proj_out",
-    "conv_norm_out",
-    "conv_out",
-    "all_final_layer",
-)  # what only the denoiser's output needs
-
-
-class _ReachedLastTap(Exception):
-    """Ends a denoiser's forward pass."""
+from rsm_guidance.core.contracts import UsageError
+from rsm_guidance.reward_models.backbone import denoiser_of
+from rsm_guidance.reward_models.blocks import OUTPUTS, Grid, block_lists, block_names, cost_of, plane_of, width_of
 
 
 class Trunk(nn.Module):
-    """A denoiser that stops at its last tapped block: noisy latents to visual features.
+    """A denoiser that ends at its last tapped block: noisy latents to visual features.
+
+    The denoiser's own forward pass runs over a shell of it: the same modules, but lists of blocks that end early, and outputs
+    that compute nothing.  No pass is broken off, so that `torch.compile`, FSDP and hooks see whole ones.
 
     Args:
         pipe: the pipeline whose denoiser to cut.
         blocks: how many of its blocks to keep, from the input.
         taps: names of the blocks to read ("mid_block", "up_blocks.1", "transformer_blocks.5"); default the last kept.
-        share: use the denoiser itself (for a frozen backbone) instead of a copy of what is kept of it.
+        share: use the denoiser's own modules (for a frozen backbone) instead of a copy of what is kept.
 
     Attributes:
+        taps: names of the blocks that are read.
         dim: channels of the features, of all taps together.
         depth_share: cost of a pass, as a share of one denoiser evaluation.
     """
 
     def __init__(self, pipe: DiffusionPipeline, blocks: int, taps: tuple[str, ...], share: bool) -> None:
         super().__init__()
-        self.backbone: Backbone = backbone_of(pipe)
         denoiser = denoiser_of(pipe)
-        names = block_names(denoiser, self.backbone)
+        names = block_names(denoiser)
         if not 1 <= blocks <= len(names):
-            raise ValueError(f"blocks must be between 1 and {len(names)}, the denoiser's depth; got {blocks}")
-        kept, dropped = names[:blocks], names[blocks:]
+            raise UsageError(f"blocks must be between 1 and {len(names)}, the denoiser's depth; got {blocks}")
+        kept = names[:blocks]
         unknown = [t for t in taps if t not in kept]
         if unknown:
-            raise ValueError(f"cannot read {unknown[0]!r}; the kept blocks are {', '.join(kept)}")
+            raise UsageError(f"cannot read {unknown[0]!r}; the kept blocks are {', '.join(kept)}")
         self.taps = taps or (kept[-1],)
         if any(t.startswith("down_blocks") for t in self.taps):
-            raise ValueError(
+            raise UsageError(
                 "of a UNet only the middle and upper blocks can be read: keep more blocks, or name other taps"
             )
-        self.depth_share = _cost(denoiser, kept) / _cost(denoiser, names)
-        self.dim = sum(_width(denoiser, tap) for tap in self.taps)
-        if share:
-            self._shared = (denoiser,)  # in a tuple, so that its parameters are not ours
-        else:
-            left = [denoiser.get_submodule(n) for n in dropped] + [getattr(denoiser, n, None) for n in _AFTER]
-            memo = {id(m): nn.Identity() for m in left if isinstance(m, nn.Module)}
-            self.denoiser = copy.deepcopy(denoiser, memo).requires_grad_(True)
+        self._kept = kept[: 1 + max(kept.index(tap) for tap in self.taps)] if share else kept
+        self.depth_share = cost_of(denoiser, kept) / cost_of(denoiser, names)
+        self.dim = sum(width_of(denoiser, tap) for tap in self.taps)
+        self._shared = (denoiser,) if share else None  # in a tuple, so that its parameters are not ours
+        if not share:
+            self.denoiser = copy.deepcopy(_shell(denoiser, kept)).requires_grad_(True)
 
     @property
     def module(self) -> Any:
-        """The denoiser that is run."""
-        return self.denoiser if hasattr(self, "denoiser") else self._shared[0]
+        """The denoiser that is run: a copy of the kept part, or the pipeline's own."""
+        return self.denoiser if self._shared is None else self._shared[0]
 
     def forward(self, arguments: dict[str, Any], grid: Grid) -> tuple[Tensor, Grid]:
         """Features of a batch.
 
         Args:
-            arguments: what the denoiser is called with (`Backbone.call`).
+            arguments: what the denoiser is called with, by name.
             grid: rows and columns of the image tokens.
 
         Returns:
             Visual tokens [B, rows * columns, dim], and their rows and columns.
         """
+        module = self.module
+        # A shared denoiser may have been changed since (LoRA, checkpointing), so its shell is made of what it is now.
+        shell = module if self._shared is None else _shell(module, self._kept)
         seen: dict[str, Tensor] = {}
-
-        def read(name: str) -> Any:
-            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-                seen[name] = _plane(output, grid)
-                if len(seen) == len(self.taps):
-                    raise _ReachedLastTap
-
-            return hook
-
-        handles = [self.module.get_submodule(tap).register_forward_hook(read(tap)) for tap in self.taps]
+        handles = [shell.get_submodule(tap).register_forward_hook(_Reader(seen, tap)) for tap in self.taps]
+        hook = getattr(module, "_hf_hook", None) if self._shared is not None else None
         try:
-            self.module(**arguments, return_dict=False)
-        except _ReachedLastTap:
-            pass
+            if hook is not None:  # offloading: brings the weights, which are the shell's, too
+                _, arguments = hook.pre_forward(module, **arguments)
+            shell(**arguments)
+            if hook is not None:
+                hook.post_forward(module, None)
         finally:
             for handle in handles:
                 handle.remove()
-        rows, columns = seen[self.taps[0]].shape[-2:]
-        planes = [
-            p if p.shape[-2:] == (rows, columns) else F.adaptive_avg_pool2d(p, (rows, columns)) for p in seen.values()
-        ]
+        read = [plane_of(module, tap, seen[tap], arguments, grid) for tap in self.taps]
+        rows, columns = read[0].shape[-2:]
+        planes = [p if p.shape[-2:] == (rows, columns) else F.adaptive_avg_pool2d(p, (rows, columns)) for p in read]
         features = planes[0] if len(planes) == 1 else torch.cat(planes, 1)
         return features.flatten(2).transpose(1, 2), (rows, columns)
 
 
-def block_names(denoiser: nn.Module, backbone: Backbone) -> list[str]:
-    """Names of a denoiser's blocks, in the order they run."""
-    names = []
-    for name in backbone.blocks:
-        module = denoiser.get_submodule(name)
-        names += [f"{name}.{i}" for i in range(len(module))] if isinstance(module, nn.ModuleList) else [name]
-    return names
+class _Reader:
+    """A forward hook that keeps a block's output."""
+
+    def __init__(self, seen: dict[str, Any], tap: str) -> None:
+        self._seen, self._tap = seen, tap
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._seen[self._tap] = output
 
 
-def _plane(output: Any, grid: Grid) -> Tensor:
-    """A block's output as features [B, C, rows, columns]; the image stream of joint blocks, the image's tokens first."""
-    tokens: Tensor = output[-1] if isinstance(output, tuple) else output
-    if tokens.ndim == 4:
-        return tokens
-    return tokens[:, : grid[0] * grid[1]].transpose(1, 2).unflatten(2, grid)
+class _Lower(nn.ModuleList):
+    """The first modules of a list that still tells its whole length, from which some denoisers count (Chroma)."""
+
+    def __init__(self, modules: list[nn.Module], length: int) -> None:
+        super().__init__(modules)
+        self.length = length
+
+    def __len__(self) -> int:
+        return getattr(self, "length", len(self._modules))
+
+    def __iter__(self) -> Any:
+        return iter(self._modules.values())
 
 
-def _width(denoiser: Any, tap: str) -> int:
-    config = denoiser.config
-    if "block_out_channels" in config:
-        sizes = list(config.block_out_channels)
-        return int(sizes[-1] if tap == "mid_block" else sizes[::-1][int(tap.rpartition(".")[2])])
-    if "dim" in config:
-        return int(config.dim)
-    return int(config.num_attention_heads * config.attention_head_dim)
+class _Skipped(nn.Module):
+    """Stands where an upper block of a UNet was, which takes as many skip connections."""
+
+    has_cross_attention = False
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.resnets = (None,) * len(block.resnets)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states
 
 
-def _cost(denoiser: Any, names: list[str]) -> float:
-    """Blocks that are all alike count one each; those of a UNet by their parameters."""
-    if "block_out_channels" in denoiser.config:
-        return float(sum(p.numel() for n in names for p in denoiser.get_submodule(n).parameters()))
-    return float(len(names))
+class _NoOutput(nn.Module):
+    """Stands where an output layer was: nothing is computed, but what follows finds the shape that it expects."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        projections = [getattr(layer, n, None) for n in ("linear_2", "linear")] + [layer]
+        found: Any = next((p for p in projections if isinstance(p, nn.Linear | nn.Conv2d)), None)
+        self.width = None if found is None else getattr(found, "out_features", None) or found.out_channels
+        self.axis = 1 if isinstance(found, nn.Conv2d) else -1
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.width is None:
+            return hidden_states
+        shape = list(hidden_states.shape)
+        shape[self.axis] = self.width
+        return hidden_states.new_zeros(shape)
+
+
+def _shell(denoiser: nn.Module, kept: list[str]) -> nn.Module:
+    """The denoiser over the same modules, without the blocks that are not kept, and without outputs."""
+    shell = copy.copy(denoiser)
+    modules = dict(denoiser._modules)
+    for name in block_lists(denoiser):
+        blocks = modules[name]
+        if isinstance(blocks, nn.ModuleList):
+            ours = [b for i, b in enumerate(blocks) if f"{name}.{i}" in kept]
+            if name == "up_blocks":
+                ours += [_Skipped(b) for b in list(blocks)[len(ours) :]]
+            modules[name] = _Lower(ours, len(blocks))
+    for name in OUTPUTS:
+        layer = modules.get(name)
+        if isinstance(layer, nn.ModuleDict):
+            modules[name] = nn.ModuleDict({key: _NoOutput(part) for key, part in layer.items()})
+        elif layer is not None:
+            modules[name] = _NoOutput(layer)
+    # Instance attributes that would lead back to the whole denoiser: offload hooks, a compiled call.
+    state = {k: v for k, v in vars(shell).items() if k not in ("forward", "_old_forward", "_hf_hook")}
+    vars(shell).clear()
+    vars(shell).update(state | {"_modules": modules, "_compiled_call_impl": None})
+    return shell

@@ -12,12 +12,11 @@ from PIL import ImageOps
 from torch import Tensor
 
 import rsm_guidance as rg
-from rsm_guidance.core.transitions import Transition
+from rsm_guidance.core.transitions import DDIM, ODE
 from rsm_guidance.engine import PipelineDenoiser
 from rsm_guidance.engine.schedulers import refusal
 from tests.zoo import ZOO
 
-ODE = Transition("ode")
 NAMES = list(ZOO)
 
 
@@ -52,7 +51,7 @@ def drive(denoiser: PipelineDenoiser, levels: int | None = None) -> list[Tensor]
     states = [denoiser.initial()]
     for level in range(denoiser.steps if levels is None else levels):
         prediction = denoiser.predict(states[-1], level)
-        states.append(ODE(prediction, denoiser.schedule, level, level + 1).mean)
+        states.append(ODE()(prediction, denoiser.schedule, level, level + 1).mean)
     return states
 
 
@@ -62,7 +61,7 @@ def test_the_schedulers_own_steps_are_bitwise_the_stock_call(pipe: DiffusionPipe
     with closing(PipelineDenoiser(pipe, call(name))) as denoiser:
         *_, (_, x) = denoiser.follow()
         assert np.array_equal(np.asarray(denoiser.finish(x)[0]), reference)
-        spent = denoiser.ledger.denoiser_evaluations
+        spent = denoiser.evaluations
         assert spent == denoiser.steps * denoiser.evaluations_per_row * len(denoiser.prompts)
 
 
@@ -81,7 +80,7 @@ def test_a_jump_to_any_level_equals_arriving_there(pipe: DiffusionPipeline, name
         states = drive(denoiser)
         for level in (len(states) - 2, 0, 1):
             again = denoiser.predict(states[level].clone(), level)
-            there = ODE(again, denoiser.schedule, level, level + 1).mean
+            there = ODE()(again, denoiser.schedule, level, level + 1).mean
             assert torch.equal(there, states[level + 1]), level
 
 
@@ -164,8 +163,8 @@ def test_samplers_improve_a_toy_reward(pipe: DiffusionPipeline, name: str) -> No
     best = guided(**common, sampler=rg.BestOfN(candidates=3)).rewards[0]
     assert best >= base - 1e-6
     if refusal(pipe.scheduler) is None:
-        plain = guided(**common, sampler=rg.Unguided(Transition("ddim", 1.0))).rewards[0]
-        stepwise = rg.StepwiseSampling(candidates=4, transition=Transition("ddim", 1.0))
+        plain = guided(**common, sampler=rg.Unguided(DDIM(1.0))).rewards[0]
+        stepwise = rg.StepwiseSampling(candidates=4, transition=DDIM(1.0))
         assert guided(**common, sampler=stepwise).rewards[0] >= plain - 1e-6
 
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 from diffusers import FlowMatchHeunDiscreteScheduler, StableDiffusion3Pipeline
 
-from rsm_guidance.core.transitions import ode
+from rsm_guidance.core.ledger import Ledger
+from rsm_guidance.core.meter import MeteredDenoiser
+from rsm_guidance.core.transitions import ODE
 from rsm_guidance.engine import PipelineDenoiser, encode_images, require_drivable
 
 PROMPTS = ["two red circles and a blue square", "a red star"]
@@ -22,7 +24,7 @@ def run(denoiser: PipelineDenoiser) -> list[torch.Tensor]:
     states = [denoiser.initial()]
     for level in range(denoiser.schedule.steps):
         prediction = denoiser.predict(states[-1], level)
-        states.append(ode(prediction, denoiser.schedule, level, level + 1).mean)
+        states.append(ODE()(prediction, denoiser.schedule, level, level + 1).mean)
     return states
 
 
@@ -33,7 +35,7 @@ def test_driven_call_is_bitwise_the_stock_call(stock: StableDiffusion3Pipeline, 
     with closing(PipelineDenoiser(stock, call(guidance_scale=guidance))) as denoiser:
         states = run(denoiser)
         assert np.array_equal(denoiser.finish(states[-1]).images, reference)
-        assert denoiser.ledger.denoiser_evaluations == 5 * 4 * (2 if guidance > 1 else 1)
+        assert denoiser.evaluations == 5 * 4 * (2 if guidance > 1 else 1)
         assert denoiser.evaluations_per_row == (2 if guidance > 1 else 1)
 
 
@@ -43,7 +45,7 @@ def test_jump_to_any_level_in_any_order(stock: StableDiffusion3Pipeline) -> None
         states = run(denoiser)
         for level in (4, 0, 2, 2, 3):
             again = denoiser.predict(states[level], level)
-            assert torch.equal(ode(again, denoiser.schedule, level, level + 1).mean, states[level + 1])
+            assert torch.equal(ODE()(again, denoiser.schedule, level, level + 1).mean, states[level + 1])
 
 
 @torch.no_grad()
@@ -52,7 +54,7 @@ def test_other_rows_keep_their_prompts(stock: StableDiffusion3Pipeline) -> None:
         states = run(denoiser)
         rows = torch.tensor([3, 0, 0])
         there = denoiser.predict(states[2][rows], 2, rows)
-        assert torch.allclose(ode(there, denoiser.schedule, 2, 3).mean, states[3][rows], atol=1e-5)
+        assert torch.allclose(ODE()(there, denoiser.schedule, 2, 3).mean, states[3][rows], atol=1e-5)
         other = denoiser.predict(states[2][rows], 2, torch.tensor([0, 3, 3]))
         assert not torch.allclose(other.x0, there.x0, atol=1e-3)
 
@@ -66,7 +68,8 @@ def test_decode_is_the_stock_decode_and_differentiable(stock: StableDiffusion3Pi
         assert np.array_equal(images.detach().permute(0, 2, 3, 1).numpy(), reference)
         (gradient,) = torch.autograd.grad(images.sum(), x0)
         assert gradient.abs().amax((1, 2, 3)).min() > 0
-        assert denoiser.ledger.decodes == 4
+        ledger = Ledger()
+        assert torch.equal(MeteredDenoiser(denoiser, ledger).decode(latents), images) and ledger.decodes == 4
 
 
 def test_gradient_flows_through_predict_and_follows_the_callers_mode(stock: StableDiffusion3Pipeline) -> None:
@@ -108,7 +111,7 @@ def test_exception_inside_the_stock_loop_comes_through_and_cleans_up(stock: Stab
     denoiser = PipelineDenoiser(stock, call(callback_on_step_end=explode))
     first = denoiser.predict(denoiser.initial(), 0)
     with pytest.raises(RuntimeError, match="callback failed"):
-        denoiser.predict(ode(first, denoiser.schedule, 0, 1).mean, 1)
+        denoiser.predict(ODE()(first, denoiser.schedule, 0, 1).mean, 1)
     denoiser.close()
     assert np.array_equal(stock(**call()).images, reference)
 
@@ -138,8 +141,8 @@ def test_two_denoisers_on_one_pipeline_do_not_disturb_each_other(stock: StableDi
     ):
         x, y = a.initial(), b.initial()
         for level in range(5):
-            x = ode(a.predict(x, level), a.schedule, level, level + 1).mean
-            y = ode(b.predict(y, level), b.schedule, level, level + 1).mean
+            x = ODE()(a.predict(x, level), a.schedule, level, level + 1).mean
+            y = ODE()(b.predict(y, level), b.schedule, level, level + 1).mean
     assert torch.equal(x, alone)
 
 

@@ -63,11 +63,11 @@ def test_a_denoiser_that_runs_out_of_memory_goes_on_in_smaller_batches(
 
         monkeypatch.setattr(guided.transformer, "forward", small)
         monkeypatch.setattr(guided.vae, "decode", few)
-        again, before = x.clone(), d.ledger.denoiser_evaluations  # other latents, or the answer is known already
+        again, before = x.clone(), d.evaluations  # other latents, or the answer is known already
         pieces = d.predict(again, 2, rows)
         tried = 9 if cutoff else 18  # then pieces of 4, 4 and 1; or of 8 at most without guidance
         spent = 9 if cutoff else 18
-        assert d.ledger.denoiser_evaluations - before == tried + spent
+        assert d.evaluations - before == tried + spent
         assert torch.allclose(pieces.x0, whole.x0, atol=1e-4) and pieces.x is again
         assert pieces.velocity is not None and torch.allclose(pieces.velocity, whole.velocity, atol=1e-4)
         assert torch.allclose(d.decode(x, rows), images, atol=1e-5)

@@ -141,7 +141,6 @@ ZOO: dict[str, Specimen] = {
             "flux2_klein",
             families.flux2_klein,
             guidance_scale=4.0,
-            text_encoder_out_layers=(1, 2, 3),
             **_TEXT | {"max_sequence_length": 24},
         ),
         _specimen("chroma", families.chroma, guidance_scale=5.0, **_TEXT),

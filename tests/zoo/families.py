@@ -158,14 +158,14 @@ def flux2_klein() -> df.Flux2KleinPipeline:
         num_single_layers=2,
         attention_head_dim=16,
         num_attention_heads=2,
-        joint_attention_dim=3 * parts.WIDTH,  # three hidden states of the text encoder side by side
+        joint_attention_dim=3 * parts.WIDTH,  # its hidden states 9, 18 and 27 side by side
         timestep_guidance_channels=32,
         axes_dims_rope=(4, 4, 4, 4),
         guidance_embeds=False,
     )
     return df.Flux2KleinPipeline(
         tokenizer=parts.qwen_tokenizer(),
-        text_encoder=tf.Qwen3ForCausalLM(tf.Qwen3Config(**parts.decoder_size(layers=3), head_dim=8)),
+        text_encoder=tf.Qwen3ForCausalLM(tf.Qwen3Config(**parts.decoder_size(layers=27), head_dim=8)),
         transformer=transformer,
         vae=df.AutoencoderKLFlux2(**parts.vae_size(), latent_channels=4),
         scheduler=parts.dynamic_flow(),
@@ -326,7 +326,7 @@ def lumina2() -> df.Lumina2Pipeline:
 
 def hidream() -> df.HiDreamImagePipeline:
     """HiDream. It always paints 128 x 128 latents: hence large patches, and no attention in its VAE."""
-    tokenizer = parts.clip_tokenizer()
+    tokenizer = parts.clip_tokenizer(248)  # its texts are longer than those of other families
     transformer = df.HiDreamImageTransformer2DModel(
         patch_size=8,
         in_channels=4,
@@ -342,7 +342,7 @@ def hidream() -> df.HiDreamImagePipeline:
     )
     return df.HiDreamImagePipeline(
         tokenizer=tokenizer,
-        tokenizer_2=parts.clip_tokenizer(),
+        tokenizer_2=parts.clip_tokenizer(248),
         tokenizer_3=parts.t5_tokenizer(),
         tokenizer_4=parts.qwen_tokenizer(),
         text_encoder=parts.clip(tokenizer, projection=True),

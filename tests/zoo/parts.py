@@ -17,18 +17,19 @@ SHIFT = {"scaling_factor": 0.5, "shift_factor": 0.1, "use_quant_conv": False, "u
 # --- text ---
 
 
-def clip_tokenizer() -> tf.CLIPTokenizer:
-    """One token per character."""
+def clip_tokenizer(length: int = 77) -> tf.CLIPTokenizer:
+    """One token per character; at most `length` of them."""
     characters = sorted(ByteLevel.alphabet())
     # The end of a text is found as its highest id.
     tokens = [*characters, *(c + "</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
-    return tf.CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], model_max_length=77)
+    return tf.CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], model_max_length=length)
 
 
 def clip(tokenizer: tf.CLIPTokenizer, projection: bool = False) -> Any:
     """A CLIP text encoder, with or without the projected, pooled output."""
     config = tf.CLIPTextConfig(
         vocab_size=len(tokenizer),
+        max_position_embeddings=tokenizer.model_max_length,
         hidden_size=WIDTH,
         intermediate_size=32,
         projection_dim=WIDTH,

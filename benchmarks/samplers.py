@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rsm_guidance.samplers.planning import Costs, fit_to_budget
 from tqdm.auto import tqdm
 
 from benchmarks import script
@@ -24,6 +23,7 @@ from rsm_guidance.io.files import write_json
 from rsm_guidance.pipelines.load import load_pipeline
 from rsm_guidance.rewards import resolve_reward
 from rsm_guidance.samplers import BestOfN, Sampler, StepwiseSampling, Unguided, parse_sampler
+from rsm_guidance.samplers.planning import Costs, fit_to_budget
 from rsm_guidance.shapes import CATEGORIES, caption_set, parse_caption, verify
 
 _SHORT = {"single_object": "single", "two_objects": "two", "counting": "count", "colors": "colours",

@@ -60,17 +60,17 @@ def parse(words: list[str]) -> Any:
             given = {} if configured is None else {"default": configured}
             return tyro.cli(command, prog=f"{PROGRAM} {name}", args=rest, config=style, **given)
     group = next((f"{words[0]} " for name in COMMANDS if words and name.startswith(f"{words[0]} ")), "")
-    listed = {name.removeprefix(group): pkgutil.resolve_name(path) for name, path in COMMANDS.items() if name.startswith(group)}
+    listed = {
+        name.removeprefix(group): pkgutil.resolve_name(path)
+        for name, path in COMMANDS.items()
+        if name.startswith(group)
+    }
     shown = [
         Annotated[c, tyro.conf.subcommand(n, description=_summary(c), prefix_name=False)] for n, c in listed.items()
     ]
-    return tyro.cli(
-        Union[tuple(shown)],  # noqa: UP007 - made at run time
-        prog=f"{PROGRAM} {group}".strip(),
-        description=_DESCRIPTION,
-        args=words[1:] if group else words,
-        config=style,
-    )
+    choice: Any = Union[tuple(shown)]  # noqa: UP007 - made at run time
+    prog, rest = f"{PROGRAM} {group}".strip(), words[1:] if group else words
+    return tyro.cli(choice, prog=prog, description=_DESCRIPTION, args=rest, config=style)
 
 
 def _summary(command: type[Any]) -> str:

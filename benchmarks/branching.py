@@ -1,4 +1,4 @@
-"""Can branching pay? `rsm-guidance benchmark branching`.
+"""Can branching pay? `python -m benchmarks.branching --help`.
 
 Unguided stochastic runs, and from every noise level of each of them fresh branches that go on to the end.  A run is good if
 its final reward reaches a bar.  Per level, over branches at that level:
@@ -15,24 +15,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from scipy.stats import bootstrap
 from tqdm.auto import tqdm
 
-from rsm_guidance.core.transitions import Gaussian, Transition
+from benchmarks import script
+from rsm_guidance.core.errors import UsageError
+from rsm_guidance.core.transitions import Transition, parse_transition, require_gaussian
+from rsm_guidance.evaluation.generate import Generation, task_of
+from rsm_guidance.evaluation.report.tables import table
 from rsm_guidance.io.files import write_atomically, write_json
-from rsm_guidance.evaluation.generate import Generation, load_pipeline, watched
-from rsm_guidance.samplers import Problem
-from rsm_guidance.shapes import caption_set, model_path
-from rsm_guidance.values import DiffusionRewardModel, resolve_reward
+from rsm_guidance.pipelines.load import load_pipeline
+from rsm_guidance.rewards import resolve_reward
+from rsm_guidance.rollouts import collect
+from rsm_guidance.samplers import Task
+from rsm_guidance.shapes import caption_set
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
-class BranchingBenchmark:
-    """What becomes of branches of good and of bad runs, per noise level.
+class Branching:
+    """Whether branching can pay: how often branches of bad runs come out good, per noise level, beside fresh starts.
+
+    python -m benchmarks.branching --captions 64 --autocast
 
     Attributes:
         out: JSON file for the result; a plot of the same name lies beside it.
@@ -43,60 +49,57 @@ class BranchingBenchmark:
         reward: of finished images, by which runs are good or bad.
         accept: reward with which an image is good.
         transition: of the runs; stochastic, between single levels.
-        model: folder of the pipeline.
+        model: packaged name, folder or hub id of the pipeline.
         seed: names all random numbers.
         batch_size: captions per batch.
         autocast: run in bfloat16 autocast, which is faster on CPUs.
     """
 
-    out: Path = Path("branching.json")
+    out: Path = Path("benchmarks/results/branching.json")
     captions: int = 64
     runs: int = 6
     branches: int = 4
     steps: int = 10
     reward: str = "shapes-correct"
     accept: float = 0.5
-    transition: Transition = Transition("cps", 0.9)
-    model: str = model_path()
+    transition: str = "cps 0.9"
+    model: str = "shapes"
     seed: int = 0
     batch_size: int = 16
     autocast: bool = False
 
 
-def run_branching_benchmark(config: BranchingBenchmark) -> dict[str, Any]:
+def run_branching(config: Branching) -> dict[str, Any]:
     """Branch the runs, write JSON and plot, and return the result.
 
     Raises:
-        ValueError: for fewer than two runs or one branch, a transition that cannot branch, a reward that is a reward model,
+        UsageError: for fewer than two runs or one branch, a transition that cannot branch, a reward that scores latents,
             or no caption with good and bad runs.
     """
     if config.runs < 2 or min(config.captions, config.branches, config.batch_size, config.steps) < 1:
-        raise ValueError(
+        raise UsageError(
             f"branching compares with fresh starts: at least 2 runs, 1 branch and 1 caption; got {config.runs}, "
             f"{config.branches}, {config.captions}"
         )
-    if config.transition.kind not in ("ddim", "cps", "flow_sde") or config.transition.noise == 0:
-        raise ValueError(
-            f"branches need a stochastic transition between single levels (ddim, cps or flow_sde with noise above 0); got "
-            f"{config.transition}"
-        )
-    reward = resolve_reward(config.reward)
-    if isinstance(reward, DiffusionRewardModel):
-        raise ValueError("reward must be a function of images, such as shapes-correct")
+    transition = parse_transition(config.transition)
+    require_gaussian(transition, "branches part where a step draws noise", noisy=True)
     pipe, generation = load_pipeline(config.model), Generation.for_model(config.model, config.steps)
+    reward = resolve_reward(config.reward, pipe)
+    if hasattr(reward, "value"):
+        raise UsageError("the reward must be one of images, such as shapes-correct")
     prompts = [c.text for c in caption_set(config.captions, 0)]
     tables: list[tuple[np.ndarray, np.ndarray]] = []
     for start in tqdm(range(0, len(prompts), config.batch_size), desc="branching", unit="batch"):
         batch = prompts[start : start + config.batch_size]
-        with watched(pipe, batch, generation, reward, config.seed, config.autocast) as (problem, denoiser):
-            tables.append(_branched(problem, config))
-            sigma = denoiser.schedule.sigma.tolist()
+        with task_of(pipe, batch, generation, reward, config.seed, config.autocast) as task:
+            tables.append(_branched(task, transition, config))
+            sigma = task.schedule.sigma.tolist()
     good, branches = (
         np.concatenate(parts, axis) for parts, axis in zip(zip(*tables, strict=True), (0, 1), strict=True)
     )
     result: dict[str, Any] = {
         "captions": config.captions, "runs": config.runs, "branches": config.branches, "steps": config.steps,
-        "reward": config.reward, "accept": config.accept, "transition": str(config.transition), "autocast": config.autocast,
+        "reward": config.reward, "accept": config.accept, "transition": str(transition), "autocast": config.autocast,
         **branching_figures(good, branches),
     }  # fmt: skip
     for figures in result["levels"]:
@@ -106,35 +109,20 @@ def run_branching_benchmark(config: BranchingBenchmark) -> dict[str, Any]:
     return result
 
 
-def _branched(problem: Problem, config: BranchingBenchmark) -> tuple[np.ndarray, np.ndarray]:
-    """Which of the runs [B, R] are good, and which of their branches [N - 1, B, R, M] at the levels 1..N-1."""
-    schedule, runs = problem.denoiser.schedule, list(range(config.runs))
-    rows = problem.rows.repeat(config.runs)
+def _branched(task: Task, transition: Transition, config: Branching) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the runs [B, R] are good, and which of their branches [N - 1, B, R, M] at the levels 1..N-1.
 
-    def judged(x: torch.Tensor) -> np.ndarray:
-        rewards = problem.final_rewards(x, rows)
+    The step that reaches a level draws the run's own noise for child 0, and fresh noise for each of the M branches.
+    """
+    levels, good = [], np.empty(0)
+    for level in range(task.steps - 1):
+        rollout = collect(task.denoiser, task.streams, transition, config.runs, {level: config.branches + 1})
+        rewards = task.final_scores(rollout.latents, rollout.rows)
         assert rewards is not None
-        return (rewards >= config.accept).numpy().reshape(config.runs, -1).T
-
-    def onward(x: torch.Tensor, level: int, names: list[int]) -> torch.Tensor:
-        for at in range(level, schedule.steps):
-            x = problem.advance(x, rows, (at, at + 1), config.transition, names)[1]
-        return x
-
-    gaussians: list[Gaussian] = []
-    x = torch.cat([problem.initial(c) for c in runs])
-    for level in range(schedule.steps):
-        prediction = problem.denoiser.predict(x, level, rows)
-        gaussians.append(config.transition(prediction, schedule, level, level + 1))
-        x = problem.step(gaussians[-1], level, runs)
-    levels = []
-    for level, gaussian in enumerate(gaussians[:-1]):
-        found = []
-        for branch in range(config.branches):
-            names = [c + config.runs * (1 + level * config.branches + branch) for c in runs]
-            found.append(judged(onward(problem.step(gaussian, level, names), level + 1, names)))
-        levels.append(np.stack(found, -1))
-    return judged(x), np.stack(levels)
+        accepted = (rewards >= config.accept).numpy().reshape(task.count, config.runs, config.branches + 1)
+        good = accepted[..., 0]
+        levels.append(accepted[..., 1:])
+    return good, np.stack(levels)
 
 
 def branching_figures(good: np.ndarray, branches: np.ndarray) -> dict[str, Any]:
@@ -145,10 +133,10 @@ def branching_figures(good: np.ndarray, branches: np.ndarray) -> dict[str, Any]:
         branches: bool [N - 1, C, R, M], which of their branches at each level 1..N-1 are.
 
     Raises:
-        ValueError: if no caption has good runs and bad ones.
+        UsageError: if no caption has good runs and bad ones.
     """
     if not (good.any(1) & ~good.all(1)).any():
-        raise ValueError(
+        raise UsageError(
             f"no caption has good and bad runs ({int(good.sum())} of {good.size} are good): there is nothing to compare; "
             "choose another accept, or more captions or runs"
         )
@@ -221,8 +209,9 @@ def branching_table(result: dict[str, Any]) -> str:
         "repaired: branches of bad runs": "repaired",
         "advantage over fresh starts": "advantage",
     }
-    lines = ["| noise level | " + " | ".join(f"{f['sigma']:.2f}" for f in result["levels"]) + " |"]
-    lines.append("|---|" + "---|" * len(result["levels"]))
-    for name, key in rows.items():
-        lines.append(f"| {name} | " + " | ".join(f"{f[key][0]:.2f}" for f in result["levels"]) + " |")
-    return "\n".join(lines)
+    head = ["noise level", *(f"{f['sigma']:.2f}" for f in result["levels"])]
+    return table(head, [[name, *(f"{f[key][0]:.2f}" for f in result["levels"])] for name, key in rows.items()])
+
+
+if __name__ == "__main__":
+    script(Branching, run_branching, branching_table)

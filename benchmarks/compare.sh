@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The two comparisons of the README: benchmarks/compare.sh drm|verifier OUT.  They resume in a folder that they find.
+# The two comparisons of docs/benchmarks.md: benchmarks/compare.sh drm|verifier OUT.  They resume in a folder that they find.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 case "${1:-}" in

@@ -1,4 +1,4 @@
-"""Samplers against the exact tilted posterior of Gaussian mixtures: `rsm-guidance benchmark exactness`.
+"""Samplers against the exact tilted posterior of Gaussian mixtures: `python -m benchmarks.exactness --help`.
 
 Per case, schedule, value and number of particles: the error of E[r], of log Z and of the mode weights, with standard errors
 over independent prompts.  What remains at many particles is the discretisation of the chain.
@@ -13,65 +13,47 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
-from rsm_guidance.samplers.run import run
+from benchmarks import script
+from rsm_guidance.core.errors import UsageError
 from rsm_guidance.core.ledger import Ledger
+from rsm_guidance.core.random import RandomStreams
+from rsm_guidance.core.schedule import NoiseSchedule
+from rsm_guidance.core.transitions import DDIM
+from rsm_guidance.evaluation.report.tables import table
+from rsm_guidance.io.files import write_atomically, write_json
+from rsm_guidance.oracles.cases import CASES, MixtureValue
 from rsm_guidance.oracles.mixture import (
     GaussianMixture,
     GaussianMixtureDenoiser,
     QuadraticReward,
     expected_reward,
     tilt,
-    value,
 )
-from rsm_guidance.core.random import RandomStreams
-from rsm_guidance.core.schedule import NoiseSchedule, Prediction
-from rsm_guidance.core.transitions import Transition
-from rsm_guidance.io.files import write_atomically, write_json
-from rsm_guidance.samplers import BestOfN, FKSteering, Problem, Sampler, SamplerOutput, TreeSampling, TwistedSMC
+from rsm_guidance.samplers import (
+    BestOfN,
+    FKSteering,
+    Sampler,
+    SamplerOutput,
+    Task,
+    TreeSampling,
+    TwistedSMC,
+    run,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_ANCESTRAL = Transition("ddim", 1.0)
+_ANCESTRAL = DDIM(1.0)
 _CHUNK = 50_000  # plain runs at once
 
 
-def _ring(count: int, radius: float) -> list[list[float]]:
-    angles = [2 * math.pi * k / count for k in range(count)]
-    return [[radius * math.cos(a), radius * math.sin(a)] for a in angles]
-
-
-def _random(seed: int) -> tuple[GaussianMixture, QuadraticReward]:
-    generator = torch.Generator().manual_seed(seed)
-    means = 3 * torch.randn(5, 3, generator=generator, dtype=torch.float64)
-    weights = torch.rand(5, generator=generator, dtype=torch.float64) + 0.1
-    center = torch.randn(3, generator=generator, dtype=torch.float64)
-    return GaussianMixture(weights.log(), means, torch.tensor(0.4)), QuadraticReward.around(center, 0.15)
-
-
-CASES: dict[str, tuple[GaussianMixture, QuadraticReward]] = {
-    "grid": (
-        GaussianMixture.from_weights([1 / 9] * 9, [[x, y] for x in (-4.0, 0.0, 4.0) for y in (-4.0, 0.0, 4.0)], 0.3),
-        QuadraticReward.around([0.0, 0.0], [0.01, 1.0]),
-    ),
-    "ring": (
-        GaussianMixture.from_weights([1 / 8] * 8, _ring(8, 4.0), 0.3),
-        QuadraticReward.around([0.0, 1.0], [1.0, 0.1]),
-    ),
-    "linear": (
-        GaussianMixture.from_weights([0.5, 0.5], [[-2.0], [2.0]], 0.25),
-        QuadraticReward(torch.tensor([1.0]), torch.tensor([0.0])),
-    ),
-    "random": _random(0),
-}
-
-
 @dataclass(frozen=True)
-class ExactnessBenchmark:
-    """Errors against the exact answer, as particles grow.
+class Exactness:
+    """Errors of the samplers that claim the tilted posterior, against the exact answer on Gaussian mixtures.
+
+    python -m benchmarks.exactness --particles 4 16 64 256 --steps 60 --work 3200
 
     Attributes:
         out: JSON file for the result; a plot of the same name lies beside it.  Cells found in it are not repeated.
@@ -83,32 +65,13 @@ class ExactnessBenchmark:
         seed: names all random numbers.
     """
 
-    out: Path = Path("exactness.json")
+    out: Path = Path("benchmarks/results/exactness.json")
     particles: tuple[int, ...] = (4, 16, 64, 256)
     cases: tuple[str, ...] = tuple(CASES)
     steps: int = 100
     work: int = 12_800
     chain: int = 500_000
     seed: int = 0
-
-
-class _MixtureValue:
-    """V in closed form, or the reward of the posterior mean (Tweedie)."""
-
-    evaluations_per_row = 0.0
-    reward_calls_per_row = 0
-
-    def __init__(self, denoiser: GaussianMixtureDenoiser, reward: QuadraticReward, exact: bool) -> None:
-        self._denoiser, self._reward, self._exact = denoiser, reward, exact
-        self.reads_prediction = not exact
-
-    def __call__(self, x: Tensor, level: int, rows: Tensor, prediction: Prediction | None = None) -> Tensor:
-        denoiser = self._denoiser
-        if self._exact:
-            return value(denoiser.mixture, self._reward, x.double(), *denoiser.schedule.coefficients(level))
-        if level == denoiser.steps:
-            return self._reward(x)
-        return self._reward((prediction or denoiser.predict(x, level)).x0)
 
 
 Sized = Callable[[int], Sampler]
@@ -122,17 +85,13 @@ EXACT: dict[str, Sized] = {
 GREEDY: dict[str, Sized] = {"best-of-n (greedy)": lambda k: BestOfN(k, _ANCESTRAL)}
 
 
-def mixture_problem(
-    case: str, schedule: NoiseSchedule, prompts: int, exact: bool, seed: int = 0
-) -> tuple[Problem, GaussianMixture, QuadraticReward]:
-    """A sampling task on a case, with its mixture and reward."""
+def mixture_task(case: str, schedule: NoiseSchedule, prompts: int, exact: bool, seed: int = 0) -> Task:
+    """A sampling task on a case, under the exact value or Tweedie's estimate."""
     mixture, reward = CASES[case]
     names = [f"point {i}" for i in range(prompts)]
     denoiser = GaussianMixtureDenoiser(mixture, schedule, names, seed)
-    ledger = Ledger(images=prompts)
-    streams = RandomStreams.for_prompts(seed, names)
-    task = Problem(denoiser, streams, ledger, lambda x, p: reward(x), _MixtureValue(denoiser, reward, exact))
-    return task, mixture, reward
+    value = MixtureValue(mixture, reward, denoiser, exact)
+    return Task(denoiser, RandomStreams.for_prompts(seed, names), Ledger(images=prompts), reward, value)
 
 
 def errors(output: SamplerOutput, mixture: GaussianMixture, reward: QuadraticReward) -> dict[str, Any]:
@@ -191,43 +150,27 @@ def discretisation(case: str, schedule: NoiseSchedule, runs: int, seed: int = 0)
     }
 
 
-def run_exactness_benchmark(config: ExactnessBenchmark) -> dict[str, Any]:
+def run_exactness(config: Exactness) -> dict[str, Any]:
     """Run every cell, write JSON and plot, and return the result.
 
     Raises:
-        ValueError: for an unknown case.
+        UsageError: for an unknown case.
     """
     unknown = sorted(set(config.cases) - CASES.keys())
     if unknown:
-        raise ValueError(f"unknown case {unknown[0]!r}; choose from {', '.join(CASES)}")
+        raise UsageError(f"unknown case {unknown[0]!r}; choose from {', '.join(CASES)}")
     schedules = {
         "flow": NoiseSchedule.flow(config.steps),
         "vp": NoiseSchedule.variance_preserving(config.steps),
     }
-    cells = [
-        (case, schedule, exact, name, k)
-        for case in config.cases
-        for schedule in schedules
-        for exact in (True, False)
-        for name in (*EXACT, *(GREEDY if exact else ()))
-        for k in config.particles
-        if exact or name != "tree-sampling"  # it reads no values
-    ]
     settings = {"steps": config.steps, "seed": config.seed}
     done = _found(config.out, settings)
-    rows = []
-    for case, schedule, exact, name, k in tqdm(cells, desc="exactness", unit="cell"):
-        prompts = max(50, config.work // k)
-        kind = "none" if name == "tree-sampling" else "exact" if exact else "tweedie"
-        cell = {"case": case, "schedule": schedule, "value": kind, "sampler": name, "particles": k, "prompts": prompts}
+    rows: list[dict[str, Any]] = []
+    for cell in tqdm(_cells(config, list(schedules)), desc="exactness", unit="cell"):
         known = next((d for d in done if cell.items() <= d.items()), None)
-        if known is not None:
-            rows.append(known)
-            continue
-        task, mixture, reward = mixture_problem(case, schedules[schedule], prompts, exact, config.seed)
-        output = run((EXACT | GREEDY)[name](k), task)
-        rows.append(cell | errors(output, mixture, reward))
-        write_json(config.out, settings | {"cells": rows + [d for d in done if d not in rows]})
+        rows.append(known or _measured(cell, schedules[cell["schedule"]], config.seed))
+        if known is None:
+            write_json(config.out, settings | {"cells": rows + [d for d in done if d not in rows]})
     chains = [
         {"case": case, "schedule": name, **discretisation(case, schedule, config.chain, config.seed)}
         for case in config.cases
@@ -237,6 +180,33 @@ def run_exactness_benchmark(config: ExactnessBenchmark) -> dict[str, Any]:
     write_json(config.out, result)
     write_atomically(config.out.with_suffix(".png"), lambda path: plot(result).savefig(path, dpi=130))
     return result
+
+
+def _cells(config: Exactness, schedules: list[str]) -> list[dict[str, Any]]:
+    """Everything that is measured: case, schedule, value, sampler, particles and prompts."""
+    return [
+        {
+            "case": case,
+            "schedule": schedule,
+            "value": "none" if name == "tree-sampling" else value,
+            "sampler": name,
+            "particles": k,
+            "prompts": max(50, config.work // k),
+        }
+        for case in config.cases
+        for schedule in schedules
+        for value in ("exact", "tweedie")
+        for name in (*EXACT, *(GREEDY if value == "exact" else ()))
+        for k in config.particles
+        if value == "exact" or name != "tree-sampling"  # it reads no values
+    ]
+
+
+def _measured(cell: dict[str, Any], schedule: NoiseSchedule, seed: int) -> dict[str, Any]:
+    """A cell with its errors."""
+    task = mixture_task(cell["case"], schedule, cell["prompts"], cell["value"] != "tweedie", seed)
+    output = run((EXACT | GREEDY)[cell["sampler"]](cell["particles"]), task)
+    return cell | errors(output, *CASES[cell["case"]])
 
 
 def _found(path: Path, settings: dict[str, int]) -> list[dict[str, Any]]:
@@ -258,7 +228,7 @@ class _Point:
 
     particles: int
     error: float
-    apart: float
+    chain_error: float
     deviation: float
 
 
@@ -271,14 +241,14 @@ def _mean_over_cases(result: dict[str, Any], key: str) -> dict[tuple[str, str], 
         mine = [c for c in cells if (c["sampler"], c["value"]) == (name, kind)]
         for k in sorted({c["particles"] for c in mine}):
             at = [c for c in mine if c["particles"] == k]
-            sizes, aparts, deviations = [], [], []
+            sizes, chain_errors, deviations = [], [], []
             for cell in at:
                 chain = chains[cell["case"], cell["schedule"]]
                 error = math.hypot(cell[f"{key}_standard_error"], chain[f"{key}_standard_error"])
                 sizes.append(abs(cell[f"{key}_error"]))
-                aparts.append(abs(cell[f"{key}_error"] - chain[f"{key}_error"]))
-                deviations.append(aparts[-1] / error)
-            point = _Point(k, float(np.mean(sizes)), float(np.mean(aparts)), max(deviations))
+                chain_errors.append(abs(cell[f"{key}_error"] - chain[f"{key}_error"]))
+                deviations.append(chain_errors[-1] / error)
+            point = _Point(k, float(np.mean(sizes)), float(np.mean(chain_errors)), max(deviations))
             lines.setdefault((name, kind), []).append(point)
     return lines
 
@@ -300,7 +270,7 @@ def plot(result: dict[str, Any]) -> "Figure":
                 "ms": 4,
             }
             label = name if kind == "none" else f"{name}, {kind} value"
-            axis.plot([p.particles for p in points], [p.apart for p in points], label=label, **style)
+            axis.plot([p.particles for p in points], [p.chain_error for p in points], label=label, **style)
         sizes = sorted({c["particles"] for c in result["cells"]})
         axis.set(xscale="log", yscale="log", xlabel="particles per prompt", title=f"mean absolute error of {title}")
         axis.set_xticks(sizes, [str(k) for k in sizes])
@@ -318,18 +288,19 @@ def exactness_table(result: dict[str, Any]) -> str:
     rewards, normalizers = _mean_over_cases(result, "reward"), _mean_over_cases(result, "log_z")
     sizes = sorted({c["particles"] for c in result["cells"]})
     head = ["sampler", "value", *(f"{what}, K={k}" for what in ("E[r]", "log Z") for k in sizes)]
-    head += ["E[r], largest deviation", "log Z"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    rows = []
     for (name, kind), points in rewards.items():
         other = normalizers.get((name, kind), [])
         errors_of = [f"{p.error:.3f}" for p in points] + ([f"{p.error:.3f}" for p in other] or [""] * len(sizes))
         last = [f"{p[-1].deviation:.1f}" if p else "" for p in (points, other)]
-        lines.append(f"| {name} | {kind} | " + " | ".join(errors_of + last) + " |")
+        rows.append([name, kind, *errors_of, *last])
     chains = result["discretisation"]
     worst = {key: max(abs(c[f"{key}_error"]) for c in chains) for key in ("reward", "log_z")}
-    lines.append("")
-    lines.append(
-        f"Deviations are in standard errors, from the tilted law of the {result['steps']}-level chain, which differs from the "
+    return table([*head, "E[r], largest deviation", "log Z"], rows) + (
+        f"\n\nDeviations are in standard errors, from the tilted law of the {result['steps']}-level chain, which differs from the "
         f"exact one by up to {worst['reward']:.3f} in E[r] and {worst['log_z']:.3f} in log Z."
     )
-    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    script(Exactness, run_exactness, exactness_table)

@@ -20,11 +20,13 @@ from diffusers import DiffusionPipeline
 from matplotlib.figure import Figure
 from PIL import Image
 
-from rsm_guidance import SAMPLERS, GuidedPipelineOutput, Transition, Unguided, resolve_reward, make_sampler
-from rsm_guidance.evaluation.generate import Generation, load_pipeline
-from rsm_guidance.evaluation.traces import draw_trace
+from rsm_guidance import ODE, SAMPLERS, GuidedPipelineOutput, Unguided, make_sampler, resolve_reward
+from rsm_guidance.evaluation.generate import Generation
+from rsm_guidance.evaluation.report.traces import draw_trace
+from rsm_guidance.io.names import model_name
+from rsm_guidance.pipelines.load import load_pipeline
 from rsm_guidance.samplers import Progress, Sampler
-from rsm_guidance.shapes import model_path, parse_caption, verify
+from rsm_guidance.shapes import parse_caption, verify
 
 EXAMPLES = (  # one of each category of the grammar
     "a green triangle left of a red star",
@@ -34,13 +36,13 @@ EXAMPLES = (  # one of each category of the grammar
     "a photo of a purple cross",
     "a drawing of a triangle",
 )
-HEADERS = ("image", "reward", "verifier", "denoiser evaluations", "seconds")
+HEADERS = ("image", "reward", "verifier", "NFE", "seconds")
 PREVIEW_EVERY = 2
 CSS = ".picture img { width: 100%; height: 100%; object-fit: contain; }"
 ABOUT = """# Guided sampling
-One prompt, one seed, drawn twice: with the sampler you choose, and without guidance. *Reward* is the score by the judge
-that guides, so a higher one alone proves little; the *verifier* reads the finished picture by rule. It speaks only for
-the embedded model and for captions like the examples."""
+One prompt, one seed, drawn twice: with the sampler you choose, and without guidance. *Reward* is the proxy reward that
+guides, so a higher one alone proves little; the *verifier* is a gold reward that reads the finished picture by rule. It
+speaks only for the embedded model and for captions like the examples. *NFE* is the number of denoiser evaluations."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,8 @@ class Abandoned(Exception):
 
 def build_sampler(name: str, candidates: int) -> Sampler:
     """The sampler of that name with its defaults, and as large as asked where it has a size."""
-    scales = SAMPLERS[name].scales if name in SAMPLERS else None
-    return make_sampler(name, **({scales: candidates} if scales else {}))
+    size = SAMPLERS[name].budget_field if name in SAMPLERS else None
+    return make_sampler(name, **({size: candidates} if size else {}))
 
 
 @torch.no_grad()
@@ -98,7 +100,7 @@ def generate(
 
     guided = pipe(**call, sampler=sampler, on_step=guided_step)
     report(Preview("the same seed without guidance"))
-    plain = Unguided(getattr(sampler, "transition", Transition()))
+    plain = Unguided(getattr(sampler, "transition", ODE()))
     return Outcome(guided, pipe(**call, sampler=plain, on_step=unguided_step))
 
 
@@ -158,9 +160,9 @@ def trace_plot(trace: dict[str, Any]) -> Figure:
 
 def build_demo(model: str = "shapes", reward: str = "shapes-drm") -> gr.Blocks:
     """The page for a model (hub id, folder or "shapes") and a reward; a ValueError says what cannot be loaded."""
-    embedded = model == "shapes" or model == model_path()
-    model = model_path() if embedded else model
-    pipe, judge = load_pipeline(model), resolve_reward(reward)
+    embedded = model_name(model) == "shapes"
+    pipe = load_pipeline(model)
+    scorer = resolve_reward(reward, pipe)
     defaults = Generation.for_model(model)
     stock_steps = inspect.signature(type(pipe).__call__).parameters["num_inference_steps"].default
     busy = Lock()  # a pipeline serves one call at a time; an abandoned run may still be ending
@@ -171,7 +173,7 @@ def build_demo(model: str = "shapes", reward: str = "shapes-drm") -> gr.Blocks:
 
         def work(report: Callable[[Preview], None], stop: Event) -> Outcome:
             call = replace(defaults, steps=int(steps)).call()
-            call |= {"prompt": prompt, "reward": judge, "seed": int(seed)}
+            call |= {"prompt": prompt, "reward": scorer, "seed": int(seed)}
             with busy:
                 return generate(pipe, call, build_sampler(sampler, int(candidates)), report, stop)
 
@@ -224,7 +226,9 @@ def main() -> None:
     """Serve the page until Ctrl-C."""
     parser = argparse.ArgumentParser(description="Draw a prompt unguided and guided, side by side, in the browser.")
     parser.add_argument("--port", type=int, help="port on 127.0.0.1; default: the first free one from 7860")
-    parser.add_argument("--model", default="shapes", help="hub id or folder of a diffusers pipeline")
+    parser.add_argument(
+        "--model", default="shapes", help="hub id or folder of a diffusers pipeline; shapes is the embedded one"
+    )
     parser.add_argument("--reward", default="shapes-drm", help="name, folder or hub id, or package.module:object")
     options = parser.parse_args()
     try:

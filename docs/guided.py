@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from rsm_guidance import StepwiseSampling, Unguided, shapes
+from rsm_guidance import StepwiseSampling, Unguided, resolve_reward, shapes
+from rsm_guidance.evaluation.generate import Generation, generate
+from rsm_guidance.evaluation.report.pictures import grid
 from rsm_guidance.io.files import write_image
-from rsm_guidance.evaluation.generate import Generation, generate, load_pipeline
-from rsm_guidance.evaluation.pictures import grid
+from rsm_guidance.pipelines.load import load_pipeline
 from rsm_guidance.shapes.scenes import PREFIXES
-from rsm_guidance.values import resolve_reward
 
 CATEGORIES = ("two_objects", "counting")  # what the model finds hardest
 
@@ -21,12 +21,12 @@ CATEGORIES = ("two_objects", "counting")  # what the model finds hardest
 def main() -> None:
     """The first held-out captions of the hardest categories, in the order of the benchmark's caption set."""
     captions = [c for c in shapes.caption_set(512) if c.category in CATEGORIES][:8]
-    pipe, judge = load_pipeline(shapes.model_path()), resolve_reward("shapes-drm")
-    generation = Generation.for_model(shapes.model_path())
+    pipe = load_pipeline("shapes")
+    reward, generation = resolve_reward("shapes-drm", pipe), Generation.for_model("shapes")
     guided = StepwiseSampling(trajectories=2)
     rows = []
     for name, sampler in (("unguided", Unguided(guided.transition)), ("guided", guided)):
-        [samples] = generate(pipe, [c.text for c in captions], sampler, judge, generation)
+        [samples] = generate(pipe, [c.text for c in captions], sampler, reward, generation)
         right = [shapes.verify(np.array(s.image), s.prompt).correct for s in samples]
         rows.append([(s.image, f"{name}: {'right' if ok else 'wrong'}") for s, ok in zip(samples, right, strict=True)])
     titles = [functools.reduce(str.removeprefix, PREFIXES, c.text) for c in captions]

@@ -1,6 +1,7 @@
 """rsm-guidance: reward guidance for diffusion and flow pipelines, with the diffusion model itself as the reward model.
 
-Public names are loaded when they are first used (PEP 562), so that importing the package costs nothing.
+Public names are loaded when they are first used (PEP 562), so that importing the package costs nothing; `__init__.pyi` tells
+type checkers what they are.
 """
 
 import importlib

@@ -155,7 +155,14 @@ class BenchmarkSamplers:
         monitors = {name: load_reward(name, pipe) for name in listed(self.monitor or "")}
         budgets = budgets_at(multiples, costs_of(pipe, generation, reward))
         config = Comparison(
-            prompts, samplers, budgets, self.out, self.seed, self.pairs, batch_size=self.batch_size, autocast=self.autocast
+            prompts,
+            samplers,
+            budgets,
+            self.out,
+            self.seed,
+            self.pairs,
+            batch_size=self.batch_size,
+            autocast=self.autocast,
         )
         with resumable(self.out):
             print(comparison_table(compare(config, pipe, generation, reward, monitors)))

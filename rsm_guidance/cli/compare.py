@@ -38,7 +38,7 @@ class Compare:
     accelerate launch -m rsm_guidance compare --samplers all --budgets 160 --prompts prompts.txt --out report/
     """
 
-    prompt: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="PROMPT")] = None
+    prompt: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[PROMPT]")] = None
     """What to draw, instead of --prompts."""
     prompts: Path | None = None
     """UTF-8 text with one prompt per line, or JSON lines with a "prompt" field in a .jsonl file."""

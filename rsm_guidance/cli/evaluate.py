@@ -61,7 +61,12 @@ class Evaluate:
             scores = [s.reward for s in samples]
         else:
             scores = [scores_of(reward, pixels_of([s.image]), [s.prompt])[0] for s in samples]
-        report = {"pipeline": self.model.model, "sampler": repr(sampler), "reward": self.model.reward, "seed": self.seed}
+        report = {
+            "pipeline": self.model.model,
+            "sampler": repr(sampler),
+            "reward": self.model.reward,
+            "seed": self.seed,
+        }
         report |= _summary(samples, scores)
         write_json(self.json, report)
         if self.images is not None:

@@ -22,7 +22,7 @@ class Families:
     rsm-guidance families stabilityai/stable-diffusion-3.5-medium
     """
 
-    pipeline: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="MODEL")] = None
+    pipeline: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[MODEL]")] = None
     """Folder or hub id to probe; only its configuration is read."""
 
     def run(self) -> None:

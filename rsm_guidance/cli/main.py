@@ -4,11 +4,10 @@ Parsing loads neither torch nor diffusers: commands are dataclasses of plain typ
 """
 
 import os
+import pkgutil
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn, Union
-
-from rsm_guidance.io.names import load_object
 
 PROGRAM = "rsm-guidance"
 COMMANDS = {
@@ -55,21 +54,23 @@ def parse(words: list[str]) -> Any:
     for name, path in COMMANDS.items():
         own = name.split()
         if words[: len(own)] == own:
-            command: Any = load_object(path)
+            command: Any = pkgutil.resolve_name(path)
             rest = words[len(own) :]
             configured = command.configured(rest) if hasattr(command, "configured") else None
             given = {} if configured is None else {"default": configured}
             return tyro.cli(command, prog=f"{PROGRAM} {name}", args=rest, config=style, **given)
     group = next((f"{words[0]} " for name in COMMANDS if words and name.startswith(f"{words[0]} ")), "")
-    listed = {name.removeprefix(group): load_object(path) for name, path in COMMANDS.items() if name.startswith(group)}
-    shown = [Annotated[c, tyro.conf.subcommand(n, description=_summary(c), prefix_name=False)] for n, c in listed.items()]
-    return tyro.cli(
-        Union[tuple(shown)],  # noqa: UP007 - made at run time
-        prog=f"{PROGRAM} {group}".strip(),
-        description=_DESCRIPTION,
-        args=words[1:] if group else words,
-        config=style,
-    )
+    listed = {
+        name.removeprefix(group): pkgutil.resolve_name(path)
+        for name, path in COMMANDS.items()
+        if name.startswith(group)
+    }
+    shown = [
+        Annotated[c, tyro.conf.subcommand(n, description=_summary(c), prefix_name=False)] for n, c in listed.items()
+    ]
+    choice: Any = Union[tuple(shown)]  # noqa: UP007 - made at run time
+    prog, rest = f"{PROGRAM} {group}".strip(), words[1:] if group else words
+    return tyro.cli(choice, prog=prog, description=_DESCRIPTION, args=rest, config=style)
 
 
 def _summary(command: type[Any]) -> str:

@@ -93,7 +93,7 @@ class SamplerOptions:
         return parse_sampler(":".join([name, *self.set]), **given)
 
     def _transition(self, name: str) -> Transition:
-        from rsm_guidance.core.transitions import ODE, Transition, parse_transition
+        from rsm_guidance.core.transitions import ODE, parse_transition
         from rsm_guidance.samplers import SAMPLERS
 
         if self.transition is None:
@@ -104,7 +104,7 @@ class SamplerOptions:
             return transition
         if not fields(transition):
             raise UsageError(f"the transition {transition.name!r} takes no noise level; leave --noise out")
-        return Transition(transition.name, self.noise)
+        return parse_transition(f"{transition.name} {self.noise!r}")
 
 
 SamplerGroup = Annotated[SamplerOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="sampler", help="")]

@@ -10,7 +10,6 @@ from rsm_guidance.core.errors import StopRequested, UsageError
 from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.core.schedule import NoiseSchedule, Prediction
 
-
 __all__ = ["Denoiser", "Reward", "StopRequested", "UsageError", "Value", "ValueSource"]
 
 

@@ -88,9 +88,7 @@ def value_source(text: str, pipe: DiffusionPipeline) -> ValueSource:
     return source
 
 
-def calibrate(
-    config: Calibration, pipe: DiffusionPipeline, generation: Generation, reward: Reward
-) -> dict[str, Any]:
+def calibrate(config: Calibration, pipe: DiffusionPipeline, generation: Generation, reward: Reward) -> dict[str, Any]:
     """Watch the runs, write JSON and plot, and return the result.
 
     Args:
@@ -115,7 +113,9 @@ def calibrate(
     for start in tqdm(range(0, len(config.prompts), config.batch_size), desc="values", unit="batch"):
         batch = config.prompts[start : start + config.batch_size]
         with task_of(pipe, batch, generation, reward, config.seed, config.autocast) as task:
-            values: dict[str, Value] = {n: s.value(task.denoiser, task.reward, task.streams) for n, s in sources.items()}
+            values: dict[str, Value] = {
+                n: s.value(task.denoiser, task.reward, task.streams) for n, s in sources.items()
+            }
             costs = {name: float(value.evaluations_per_row) for name, value in values.items()}
             same_units = {name: value.share == 0 for name, value in values.items()}
             schedule = task.schedule

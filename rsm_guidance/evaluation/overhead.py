@@ -21,8 +21,8 @@ from rsm_guidance.io.files import write_json
 from rsm_guidance.io.names import model_name
 from rsm_guidance.pipelines.load import load_pipeline
 from rsm_guidance.reward_models import DiffusionRewardModel
-from rsm_guidance.reward_models.backbones import backbone_of, denoiser_of
-from rsm_guidance.reward_models.trunk import block_names
+from rsm_guidance.reward_models.backbone import denoiser_of
+from rsm_guidance.reward_models.blocks import block_names
 from rsm_guidance.samplers import Sampler, StepwiseSampling, Unguided
 
 _FEW = 2
@@ -111,7 +111,9 @@ def measure_overhead(config: Overhead) -> dict[str, Any]:
             name: {"seconds_per_step": t, "ratio": t / medians["stock"], "peak_memory_bytes": memory[name]}
             for name, t in medians.items()
         }
-        result["models"].append({"model": Path(model_name(model)).name, "pipeline": type(pipe).__name__, "paths": figures})
+        result["models"].append(
+            {"model": Path(model_name(model)).name, "pipeline": type(pipe).__name__, "paths": figures}
+        )
     write_json(config.out, result)
     return result
 
@@ -120,7 +122,7 @@ def _paths(pipe: DiffusionPipeline, config: Overhead) -> dict[str, dict[str, Any
     """Arguments of the calls that are compared."""
     paths: dict[str, dict[str, Any]] = {name: {"sampler": sampler} for name, sampler in PATHS.items()}
     if config.candidates:
-        names = block_names(denoiser_of(pipe), backbone_of(pipe))
+        names = block_names(denoiser_of(pipe))
         middle = "mid_block" if "mid_block" in names else names[len(names) // 2 - 1]
         drm = DiffusionRewardModel.from_pipeline(pipe, taps=(middle,), adaptation="frozen")
         guided = {"sampler": StepwiseSampling(candidates=config.candidates), "reward": drm}

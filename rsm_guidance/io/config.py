@@ -105,7 +105,7 @@ def _checked(cls: type[Any], options: Mapping[str, Any], subject: str, place: st
     unknown = sorted(given.keys() - known)
     if unknown:
         raise UsageError(f"{subject} has no option {place + unknown[0]!r}; it takes {', '.join(sorted(known))}")
-    hints = _hints(cls)
+    hints = get_type_hints(cls)
     return {name: _value(hints[name], value, subject, place + name) for name, value in given.items()}
 
 
@@ -113,7 +113,7 @@ def _value(hint: Any, value: Any, subject: str, place: str) -> Any:
     """One option as its field asks for it."""
     choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if isinstance(value, Mapping):
-        nested = next((c for c in choices if dataclasses.is_dataclass(c)), None)
+        nested: Any = next((c for c in choices if dataclasses.is_dataclass(c)), None)
         if nested is not None:
             return _built(nested, value, subject, place + ".")
     if isinstance(value, str) and any(getattr(c, "__module__", None) == _TRANSITIONS for c in choices):
@@ -150,11 +150,6 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:
     if dataclasses.is_dataclass(hint):  # made of mappings before this, and pydantic takes no configuration for them
         return TypeAdapter(InstanceOf[hint])  # type: ignore[valid-type]
     return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
-
-
-@functools.cache
-def _hints(cls: type[Any]) -> dict[str, Any]:
-    return get_type_hints(cls)
 
 
 def described(hint: Any) -> str:

@@ -69,12 +69,12 @@ def load_object(path: str) -> Any:
     """The object at "package.module:name".
 
     Raises:
-        UsageError: if the module or the name does not exist.
+        UsageError: if the module or the name does not exist, or the module cannot be imported.
     """
     module, colon, name = path.partition(":")
     if not (module and colon and name):
         raise UsageError(f"{path!r} names no object; write package.module:name")
     try:
         return pkgutil.resolve_name(path)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # the module of a user may raise anything
         raise UsageError(f"cannot import {path!r}: {type(error).__name__}: {error}") from error

@@ -1,7 +1,7 @@
 """The documented pipeline families: class, an example checkpoint, and the model card of each shim.
 
 `python -m rsm_guidance.pipelines.catalog` in a checkout writes the shims and cards under pipelines/ and the table in
-README.md; a test compares them with what lies there.
+docs/families.md; a test compares them with what lies there.
 """
 
 from __future__ import annotations
@@ -190,15 +190,15 @@ BEGIN, END = "<!-- families -->\n", "\n<!-- /families -->"
 
 
 def write(root: Path) -> None:
-    """Write shims, cards and the table of README.md into a checkout."""
+    """Write shims, cards and the table of docs/families.md into a checkout."""
     for name in FAMILIES:
         folder = root / "pipelines" / name
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "pipeline.py").write_text(shim(name))
         (folder / "README.md").write_text(card(name))
-    readme = root / "README.md"
-    head, rest = readme.read_text().split(BEGIN)
-    readme.write_text(head + BEGIN + table() + END + rest.split(END)[1])
+    page = root / "docs" / "families.md"
+    head, rest = page.read_text().split(BEGIN)
+    page.write_text(head + BEGIN + table() + END + rest.split(END)[1])
 
 
 if __name__ == "__main__":

@@ -1,15 +1,32 @@
 """`DRMValue`: a diffusion reward model as the value of noisy latents."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from torch import Tensor
 
 from rsm_guidance.core.contracts import Denoiser
-from rsm_guidance.core.schedule import Prediction
+from rsm_guidance.core.schedule import NoiseSchedule, Prediction
 
-if TYPE_CHECKING:
-    from rsm_guidance.reward_models.model import DiffusionRewardModel
+
+class LatentReward(Protocol):
+    """What the value needs of a diffusion reward model."""
+
+    @property
+    def name(self) -> str:
+        """In messages and reports."""
+        ...
+
+    @property
+    def share(self) -> float:
+        """Denoiser evaluations of scoring one latent."""
+        ...
+
+    def score_at_level(
+        self, latents: Tensor, level: int, prompts: list[str], schedule: NoiseSchedule, grid: tuple[int, int] | None
+    ) -> Tensor:
+        """Scores [R] of latents [R, ...] at a level of a schedule."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -22,7 +39,7 @@ class DRMValue:
         grid: rows and columns of packed latents; None where latents are planes.
     """
 
-    drm: "DiffusionRewardModel"
+    drm: LatentReward
     denoiser: Denoiser
     grid: tuple[int, int] | None = None
     reads_prediction = False

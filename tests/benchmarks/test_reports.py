@@ -1,62 +1,27 @@
-"""The reports on values and on exactness: they measure what they say."""
+"""The experiments of the repository: they measure what they say, run as scripts, and their committed results can be read."""
 
 import json
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from benchmarks.branching import Branching, branching_figures, branching_table, run_branching
+from benchmarks.exactness import Exactness, discretisation, exactness_table, run_exactness
+from benchmarks.samplers import Samplers, run_samplers, samplers_table
 from rsm_guidance.core.schedule import NoiseSchedule
-from rsm_guidance.core.transitions import Transition
-from benchmarks.branching import (
-    BranchingBenchmark,
-    branching_figures,
-    branching_table,
-    run_branching_benchmark,
-)
-from rsm_guidance.evaluation.calibration import ValuesBenchmark, _figures, run_values_benchmark, values_table
-from benchmarks.exactness import (
-    ExactnessBenchmark,
-    discretisation,
-    exactness_table,
-    run_exactness_benchmark,
-)
 
-
-def test_figures_of_values() -> None:
-    rng = np.random.default_rng(0)
-    captions, runs = rng.normal(size=(300, 1)) * 3, rng.normal(size=(300, 8))
-    final = captions + runs
-    perfect = _figures(final, final, True)
-    assert perfect == {"correlation": 1.0, "correlation_within_captions": 1.0, "bias": 0.0}
-    knows_captions = _figures(np.repeat(captions, 8, 1) + 2 + 1e-3 * rng.normal(size=runs.shape), final, True)
-    assert knows_captions["correlation"] > 0.9 and abs(knows_captions["correlation_within_captions"]) < 0.1
-    assert knows_captions["bias"] == pytest.approx(2, abs=0.1)
-    assert _figures(np.zeros((3, 2)), np.ones((3, 2)), False) == {
-        "correlation": None, "correlation_within_captions": None, "bias": None,
-    }  # fmt: skip
-
-
-def test_values_foretell_better_where_there_is_less_noise(tmp_path: Path) -> None:
-    out = tmp_path / "values.json"
-    result = run_values_benchmark(ValuesBenchmark(out, captions=6, runs=4, steps=8, levels=(0.25, 0.9)))
-    assert json.loads(out.read_text()) == result and out.with_suffix(".png").stat().st_size > 5000
-    late = {name: figures[-1]["correlation"] for name, figures in result["estimators"].items()}
-    assert late["Tweedie"] > 0.5 and set(late) == {"Tweedie", "smoothed, 4", "lookahead, 2", "lookahead, 4", "DRM"}
-    assert "| lookahead, 4 | 8.00 |" in values_table(result)
-    for options, words in (
-        ({"runs": 1}, "2 runs"),
-        ({"levels": (0.0,)}, "between 0 and 1"),
-        ({"reward": "shapes-drm"}, "function"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            run_values_benchmark(ValuesBenchmark(out, **options))  # type: ignore[arg-type]
+ROOT = Path(__file__).parents[2]
 
 
 def test_errors_fall_with_particles_and_best_of_n_overshoots(tmp_path: Path) -> None:
     out = tmp_path / "exactness.json"
-    config = ExactnessBenchmark(out, particles=(2, 32), cases=("linear",), steps=20, work=1280, chain=50_000)
-    result = run_exactness_benchmark(config)
+    config = Exactness(out, particles=(2, 32), cases=("linear",), steps=20, work=1280, chain=50_000)
+    result = run_exactness(config)
     cells = {(c["sampler"], c["schedule"], c["value"], c["particles"]): c for c in result["cells"]}
     for name in ("fk-steering", "fk-steering, vasr", "smc"):
         for schedule in ("flow", "vp"):
@@ -67,7 +32,7 @@ def test_errors_fall_with_particles_and_best_of_n_overshoots(tmp_path: Path) -> 
     assert greedy["reward_error"] > 0.5 and "log_z_error" not in greedy
     assert "| smc | exact |" in exactness_table(result) and out.with_suffix(".png").exists()
     with pytest.raises(ValueError, match="unknown case 'square'"):
-        run_exactness_benchmark(ExactnessBenchmark(out, cases=("square",)))
+        run_exactness(Exactness(out, cases=("square",)))
 
 
 def test_what_the_levels_cost_vanishes_with_their_number() -> None:
@@ -101,16 +66,57 @@ def test_figures_of_branching_where_the_answer_is_known() -> None:
 
 def test_late_branches_repair_less(tmp_path: Path) -> None:
     out = tmp_path / "branching.json"
-    result = run_branching_benchmark(BranchingBenchmark(out, captions=8, runs=4, branches=2, steps=6))
+    result = run_branching(Branching(out, captions=8, runs=4, branches=2, steps=6))
     assert json.loads(out.read_text()) == result and out.with_suffix(".png").stat().st_size > 5000
     early, late = result["levels"][0], result["levels"][-1]
     assert late["repaired"][0] < 0.2 < 0.8 < late["kept"][0] and early["repaired"][0] > late["repaired"][0]
     assert "| repaired: branches of bad runs |" in branching_table(result)
     for options, words in (
         ({"runs": 1}, "2 runs"),
-        ({"transition": Transition("ode")}, "stochastic transition"),
-        ({"reward": "shapes-drm"}, "function of images"),
+        ({"transition": "ode"}, "choose ddim, cps or flow_sde"),
+        ({"reward": "shapes-drm"}, "one of images"),
         ({"captions": 2, "runs": 2, "steps": 2, "accept": 7.0}, "0 of 4 are good"),
     ):
         with pytest.raises(ValueError, match=words):
-            run_branching_benchmark(BranchingBenchmark(out, **options))  # type: ignore[arg-type]
+            run_branching(Branching(out, **options))  # type: ignore[arg-type]
+
+
+def test_samplers_are_compared_at_equal_cost_and_what_is_there_is_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "samplers.json"
+    config = Samplers(out, captions=6, multiples=(2.0,), two_runs=(3.0,), batch_size=6)
+    result = run_samplers(config)
+    assert list(result["runs"]) == ["none", "none (ode)", "best-of-n 2x", "stepwise 2x", "stepwise, 2 runs 3x"]
+    once = result["settings"]["unguided_cost"]
+    assert result["runs"]["best-of-n 2x"]["evaluations_per_image"] <= 2 * once + 1e-6
+    assert "| stepwise 2x - best-of-n 2x |" in samplers_table(result)
+    monkeypatch.setattr("benchmarks.samplers.generate", None)
+    assert run_samplers(config) == result
+    for options, words in (
+        ({"reward": "shapes-correct"}, "diffusion reward model"),
+        ({"stepwise": "none"}, "step-wise"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run_samplers(Samplers(out, **options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "table"), [("branching", branching_table), ("exactness", exactness_table), ("samplers", samplers_table)]
+)
+def test_committed_results_make_their_tables(name: str, table: Callable[[dict[str, Any]], str]) -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    assert table(result).startswith("| ")
+
+
+@pytest.mark.parametrize("name", ["branching", "exactness", "samplers"])
+def test_experiments_are_scripts(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", f"benchmarks.{name}"]
+    shown = subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert f"python -m benchmarks.{name} --" in shown and "--out PATH" in shown
+
+
+def test_bad_input_of_a_script_is_one_sentence(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.exactness", "--cases", "square", "--out", str(tmp_path / "x.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: unknown case 'square'")

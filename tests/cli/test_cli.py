@@ -13,12 +13,17 @@ import pytest
 import torch
 from PIL import Image
 
-from rsm_guidance.cli.main import main
-from rsm_guidance.cli.training import BENCHMARK, TRAIN, with_config
+from rsm_guidance.cli.main import COMMANDS, main, parse
+from rsm_guidance.engine import PipelineDenoiser
+from rsm_guidance.rewards import REWARDS
 
 
 def nan_reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
     return torch.full((len(images),), float("nan"))
+
+
+def broken_reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    raise ValueError("a slip in somebody's reward")
 
 
 def lines(text: str) -> list[dict]:
@@ -116,8 +121,14 @@ def test_evaluate_is_independent_of_the_batch_size(tmp_path: Path, capsys: pytes
         (["sample", "a star", "--reward", "magic"], "unknown reward 'magic'"),
         (["sample", "a star", "--candidates", "0"], "must be at least 1; got 0"),
         (["sample", "a star", "--sampler", "none", "--candidates", "2"], "has no option 'candidates'"),
-        (["sample", "a star", "--noise", "2"], "takes a noise level in [0, 1.0]; got 2.0"),
-        (["sample", "a star", "--window", "0.9", "0.1"], "window must be (low, high)"),
+        (["sample", "a star", "--noise", "2"], "takes a noise level eta in [0, 1]; got 2.0"),
+        (["sample", "a star", "--set", "window=[0.9, 0.1]"], "window must be (low, high)"),
+        (["sample", "a star", "--transition", "walk"], "unknown transition 'walk'"),
+        (["sample", "a star", "--transition", "ode", "--noise", "0.5"], "takes no noise level"),
+        (
+            ["sample", "a star", "--set", "trajectories=many"],
+            "cannot take trajectories='many': it must be a whole number",
+        ),
         (["sample", "a star", "--budget", "5"], "cannot finish one image"),
         (["sample", "a star", "--steps", "0"], "--steps must be at least 1"),
         (["sample", "a star", "--out", "out.xyz"], "names no image format"),
@@ -129,6 +140,13 @@ def test_evaluate_is_independent_of_the_batch_size(tmp_path: Path, capsys: pytes
         (["compare", "a star", "--samplers", ","], "names no sampler"),
         (["compare", "a star", "--budget", "3", "--steps", "4"], "is less than the"),
         (["train", "reward", "--config", "/no/such.yaml"], "cannot read the configuration"),
+        (["train", "reward", "--config"], "--config needs a YAML file"),
+        (["benchmark", "values", "--levels", "0.1,x"], "--levels takes numbers"),
+        (["benchmark", "values", "--runs", "1"], "2 runs"),
+        (["benchmark", "values", "--prompts", "/no/such.txt"], "cannot read the prompts file"),
+        (["benchmark", "values", "--model", "org/other"], "carries no prompts of its own"),
+        (["benchmark", "samplers", "--first", "0"], "--first must be at least 1"),
+        (["benchmark", "samplers", "--first", "1", "--multiples", "0.5", "--steps", "3"], "multiples, at least 1"),
     ],
 )
 def test_bad_input_exits_with_2_and_one_sentence(
@@ -161,14 +179,34 @@ def test_prompt_files_that_hold_nothing_are_refused(tmp_path: Path, capsys: pyte
         assert str(path) in fails(capsys, ["evaluate", "--prompts", str(path), "--json", str(tmp_path / "x.json")])
 
 
-def test_config_file_is_overridden_by_options(tmp_path: Path) -> None:
+def test_config_file_is_overridden_by_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "c.yaml"
-    config.write_text("steps: 7\ngroups:\n  siblings: 3\n  steps: 5\n")
-    merged = with_config(["--config", str(config), "--groups.steps", "9"])
-    assert merged == ["--steps", "7", "--groups.siblings", "3", "--groups.steps", "9"]
-    config.write_text("- 1\n")
-    with pytest.raises(ValueError, match="must be a mapping"):
-        with_config(["--config", str(config)])
+    config.write_text(
+        "steps: 7\nlr: 1e-4\nbatch-groups: 3\ndata: here\ngroups:\n  siblings: 3\n  steps: 5\n  autocast: false\n"
+    )
+    for given in (["--config", str(config)], [f"--config={config}"]):
+        settings = parse(["train", "reward", *given, "--groups.steps", "9", "--seed", "4"]).settings
+        assert (settings.steps, settings.lr, settings.batch_groups, settings.data) == (7, 1e-4, 3, Path("here"))
+        assert (settings.groups.siblings, settings.groups.steps, settings.groups.autocast) == (3, 9, False)
+        assert settings.seed == 4 and settings.prompts == 7200
+    config.write_text("base:\n  restarts: [3, 4]\n")
+    assert parse(["train", "base", "--config", str(config)]).settings.base.restarts == (3, 4)
+    for text, words in (
+        ("- 1\n", "must be a mapping"),
+        ("steps: {", "is not YAML"),
+        ("stepz: 3\n", "has no option 'stepz'; it takes adaptation, batch_groups"),
+        ("groups:\n  siblingz: 3\n", "has no option 'groups.siblingz'; it takes autocast, batch_size"),
+        ("groups:\n  siblings: many\n", "cannot take groups.siblings='many': it must be a whole number"),
+        ("groups:\n  siblings: 1\n", "at least 2 siblings; got 1"),
+        ("adaptation: half\n", "must be one of 'frozen', 'lora', 'full'"),
+    ):
+        config.write_text(text)
+        assert words in fails(capsys, ["train", "reward", "--config", str(config)])
+
+
+def test_the_committed_configuration_is_one() -> None:
+    config = Path(__file__).parents[2] / "configs" / "shapes_drm.yaml"
+    assert parse(["train", "reward", "--config", str(config), "--out", "x"]).settings.out == Path("x")
 
 
 def test_corrupt_weights_of_a_pipeline_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,20 +222,21 @@ def test_corrupt_weights_of_a_pipeline_are_refused(tmp_path: Path, capsys: pytes
 def test_ctrl_c_ends_a_batch_command_without_a_result(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rsm_guidance.samplers import rollout
-
     prompts, out = tmp_path / "prompts.txt", tmp_path / "out.json"
     prompts.write_text("a red star\na blue circle\n")
     calls = []
+    predict = PipelineDenoiser.predict
 
-    def interrupted(problem: object) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
+        return predict(*args, **kwargs)
 
-    monkeypatch.setattr(rollout, "check_deadline", interrupted)
+    monkeypatch.setattr(PipelineDenoiser, "predict", interrupted)
+    command = ["evaluate", "--prompts", str(prompts), "--json", str(out), "--steps", "6", "--transition", "ode"]
     with pytest.raises(SystemExit) as stop:
-        main(["evaluate", "--prompts", str(prompts), "--json", str(out), "--steps", "6"])
+        main(command)
     assert stop.value.code == 130 and len(calls) == 3 and not out.exists()
 
 
@@ -224,43 +263,79 @@ def test_a_reward_in_the_current_folder_is_found(tmp_path: Path) -> None:
     assert done.returncode == 2 and "cannot import 'broken:size': ZeroDivisionError" in done.stderr
 
 
-def test_help_of_the_installed_program() -> None:
+def test_a_slip_in_a_reward_keeps_its_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "a.png")
+    command = ["score", str(tmp_path / "a.png"), "--prompt", "x", "--reward", f"{__name__}:broken_reward"]
+    with pytest.raises(ValueError, match="somebody's reward"):
+        main(command)
+    (tmp_path / "mine.py").write_text("def bad(images, prompts):\n    return undefined\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "rsm_guidance", *command[:-1], "mine:bad"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "Traceback" in done.stderr and "line 2, in bad" in done.stderr
+
+
+def test_debug_shows_the_traceback_of_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["score", "/no/such.png", "--prompt", "x"]
+    with pytest.raises(ValueError, match="cannot read the image"):
+        main(["--debug", *command])
+    with pytest.raises(ValueError, match="cannot read the image"):
+        main([*command, "--debug"])
+    monkeypatch.setenv("RSM_GUIDANCE_DEBUG", "1")
+    with pytest.raises(ValueError, match="cannot read the image"):
+        main(command)
+
+
+def test_a_module_of_this_folder_hides_none_that_is_installed(tmp_path: Path) -> None:
+    (tmp_path / "random.py").write_text("raise SystemExit('the wrong random')\n")
+    (tmp_path / "mine.py").write_text(
+        "import random\n\ndef size(images, prompts):\n    return images.mean((1, 2, 3))\n"
+    )
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "a.png")
+    program = str(Path(sys.executable).with_name("rsm-guidance"))
+    command = [program, "score", "a.png", "--prompt", "x", "--reward", "mine:size"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert lines(done.stdout)[0]["score"] == 1.0
+
+
+def test_help_of_the_installed_program_lists_every_command() -> None:
     done = subprocess.run([sys.executable, "-m", "rsm_guidance", "--help"], capture_output=True, text=True, check=True)
     assert "usage" in done.stdout.lower()
-    for name in (*TRAIN, *BENCHMARK):
-        assert name in done.stdout
+    assert all(re.search(rf"• {name} +[A-Z]", done.stdout) for name in COMMANDS)
 
 
-@pytest.mark.parametrize(
-    "command",
-    ["sample", "compare", "score", "evaluate", "families", "train reward", "train base", "benchmark samplers"],
-)
+def test_rewards_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["rewards"])
+    shown = capsys.readouterr().out
+    assert all(re.search(rf"^{name} +[a-z0-9]+ [a-z]", shown, re.MULTILINE) for name in REWARDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_every_command_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*command.split(), "--help"])
     shown = capsys.readouterr().out
     assert stop.value.code == 0 and "usage" in shown.lower()
-    assert re.search(rf'rsm-guidance {command} ("|out|\w+/|--pipeline|--config|--out)', shown)
+    assert re.search(rf'^rsm-guidance {command}( ("|out|--)|$)', shown, re.MULTILINE)
+    assert "options options" not in shown and "of options" not in shown and "{None}" not in shown
+
+
+@pytest.mark.parametrize("group", ["train", "benchmark"])
+def test_a_group_lists_its_commands(group: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([group, "--help"])
+    shown = capsys.readouterr().out
+    own = [name.split()[1] for name in COMMANDS if name.startswith(f"{group} ")]
+    assert stop.value.code == 0 and own and all(f"• {name}" in shown for name in own)
+    with pytest.raises(SystemExit) as stop:
+        main([group])
+    assert stop.value.code == 2
 
 
 def test_benchmark_engine_writes_ratios(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "engine.json"
-    main(
-        [
-            "benchmark",
-            "engine",
-            "--steps",
-            "4",
-            "--repeats",
-            "1",
-            "--candidates",
-            "3",
-            "--size",
-            "32",
-            "--out",
-            str(out),
-        ]
-    )
+    options = ["--steps", "4", "--repeats", "1", "--candidates", "3", "--size", "32", "--out", str(out)]
+    main(["benchmark", "engine", *options])
     [paths] = [m["paths"] for m in json.loads(out.read_text())["models"]]
     assert paths["stock"]["ratio"] == 1 and len(paths) == 5
     assert all(p["seconds_per_step"] > 0 and p["peak_memory_bytes"] > 1e8 for p in paths.values())
@@ -312,7 +387,43 @@ def test_an_interrupted_comparison_says_how_to_go_on(
     def interrupted(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rsm_guidance.cli.commands.compare", interrupted)
+    monkeypatch.setattr("rsm_guidance.evaluation.compare.compare", interrupted)
     with pytest.raises(SystemExit) as stop:
         main(["compare", "a star", "--out", str(tmp_path / "report")])
     assert stop.value.code == 130 and "run the same command again" in capsys.readouterr().err
+
+
+def test_benchmark_samplers_compares_at_multiples_of_an_unguided_image(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red star\na blue circle\na green cross\n")
+    options = [
+        "--prompts",
+        str(prompts),
+        "--first",
+        "2",
+        "--samplers",
+        "none,best-of-n",
+        "--multiples",
+        "2,3",
+        "--steps",
+        "3",
+    ]
+    main(
+        ["benchmark", "samplers", *options, "--monitor", "shapes-correct", "--pairs", "0", "--out", str(tmp_path / "b")]
+    )
+    assert "| best-of-n@" in capsys.readouterr().out
+    report = json.loads((tmp_path / "b" / "report.json").read_text())
+    once = report["settings"]["unguided_cost"]
+    assert [run["budget"] for run in report["runs"].values()] == [None, 2 * once, 3 * once]
+    assert report["prompts"] == ["a red star", "a blue circle"]
+
+
+def test_benchmark_values_takes_the_models_own_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "values.json"
+    options = ["--first", "6", "--runs", "2", "--levels", "0.5", "--steps", "4", "--values", "tweedie,shapes-drm"]
+    main(["benchmark", "values", *options, "--out", str(out)])
+    result = json.loads(out.read_text())
+    assert result["prompts"] == 6 and list(result["estimators"]) == ["tweedie", "shapes-drm"]
+    assert "| shapes-drm |" in capsys.readouterr().out

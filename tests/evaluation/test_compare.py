@@ -16,14 +16,15 @@ import rsm_guidance as rg
 from rsm_guidance.cli.main import main
 from rsm_guidance.evaluation import compare as module
 from rsm_guidance.evaluation.compare import Comparison, compare
-from rsm_guidance.evaluation.curves import table
 from rsm_guidance.evaluation.generate import Generation
-from rsm_guidance.rewards import REWARDS
+from rsm_guidance.evaluation.report.curves import best_samplers, curves
+from rsm_guidance.evaluation.report.tables import comparison_table
+from rsm_guidance.rewards import resolve_reward
 from rsm_guidance.samplers import parse_sampler
 
 PROMPTS = ["a red star", "two blue circles", "a green cross", "a yellow square", "a photo of a purple cross"]
 NAMES = ["none", "best-of-n", "stepwise:trajectories=2"]
-MONITORS = {"shapes-correct": REWARDS["shapes-correct"]}
+MONITORS = {"shapes-correct": resolve_reward("shapes-correct")}
 
 
 def comparison(out: Path, **options: Any) -> Comparison:
@@ -44,7 +45,8 @@ def test_it_reports_every_run_within_its_budget(
     assert report["runs"]["best-of-n@30"]["evaluations"] > report["runs"]["best-of-n@18"]["evaluations"]
     assert report["runs"]["none"]["reward_gain"] == [0, 0, 0]
     assert json.loads((tmp_path / "report.json").read_text()) == json.loads(json.dumps(report))
-    assert table(report).count("\n") == 6 and "shapes-correct" in table(report)
+    table = comparison_table(report)
+    assert table.count("\n") == 6 and "shapes-correct" in table and "NFE" in table
     for name in ("curves.png", "comparison.png"):
         assert Image.open(tmp_path / name).size[0] > 300
 
@@ -91,6 +93,35 @@ def test_copies_of_a_prompt_differ_across_chunks(
     assert len(set(report["runs"]["none"]["rewards"])) == 5
     assert report["runs"]["none"]["diversity"] is None
     assert "| none |" in (tmp_path / "report.md").read_text()
+
+
+def report_of(*labels: str, monitors: tuple[str, ...] = ("gold",)) -> dict[str, Any]:
+    """A report in which the samplers are the better the later they come, and `none` is the best of all."""
+    runs: dict[str, Any] = {}
+    for i, label in enumerate(labels):
+        for budget in (20, 40):
+            score = 9.0 if label == "none" else i + budget / 100
+            runs[f"{label}@{budget}"] = {
+                "label": label, "evaluations": float(budget), "seconds": budget / 10, "reward": [-score, -score, -score],
+                "monitors": {name: [score, score - 0.1, score + 0.1] for name in monitors},
+            }  # fmt: skip
+    return {"settings": {"monitors": dict.fromkeys(monitors, ""), "guide": "proxy"}, "runs": runs}
+
+
+def test_at_most_six_samplers_are_named_in_colour_and_the_others_are_grey() -> None:
+    labels = ["none", *"abcdefgh"]
+    report = report_of(*labels)
+    assert best_samplers(report) == ["none", "h", "g", "f", "e", "d"]
+    assert best_samplers(report_of(*labels, monitors=())) == ["a", "b", "c", "d", "e", "f"], "by the proxy"
+    figure = curves(report)
+    legend = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
+    assert legend == ["none", "h", "g", "f", "e", "d", "others"]
+    for axis in figure.axes:
+        grey = [line for line in axis.lines if line.get_color() == "0.75"]
+        assert len(grey) == 3 and len({line.get_color() for line in axis.lines} - {"0.75"}) == 6
+    assert [figure.axes[i].get_ylabel() for i in (0, 2)] == ["gold reward: gold", "proxy reward: proxy"]
+    few = curves(report_of("a", "b"))
+    assert [text.get_text() for text in few.axes[1].get_legend().get_texts()] == ["b", "a"]
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from PIL import Image
 
 import rsm_guidance as rg
 from rsm_guidance.cli.main import main
-from rsm_guidance.evaluation.traces import draw_trace, write_trace_picture
+from rsm_guidance.evaluation.report.traces import draw_trace, write_trace_picture
 from rsm_guidance.samplers import SAMPLERS, make_sampler
 
 

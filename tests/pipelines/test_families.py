@@ -38,7 +38,7 @@ def test_shims_cards_and_table_are_those_of_the_families() -> None:
     for name in FAMILIES:
         assert (ROOT / "pipelines" / name / "pipeline.py").read_text() == shim(name)
         assert (ROOT / "pipelines" / name / "README.md").read_text() == card(name)
-    assert (ROOT / "README.md").read_text().split(BEGIN)[1].split(END)[0] == table()
+    assert (ROOT / "docs" / "families.md").read_text().split(BEGIN)[1].split(END)[0] == table()
 
 
 def test_every_documented_family_can_be_driven_and_is_proven() -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import tyro
 from diffusers import StableDiffusion3Pipeline
 
 from rsm_guidance.core.random import generator_of
@@ -154,9 +153,12 @@ def test_settings_that_cannot_train_are_refused() -> None:
         replace(TINY, groups=GroupConfig(siblings=1))
 
 
-def test_a_transition_is_written_as_text_on_the_command_line() -> None:
-    read = tyro.cli(RewardTrainConfig, args=["--groups.transition", "ddim 0.5"])
-    assert str(read.groups.transition) == "ddim 0.5"
+def test_children_need_a_noisy_transition_which_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="children are drawn from one Gaussian"):
+        train_reward(
+            replace(TINY, out=tmp_path / "drm", pipeline="/no/such", groups=replace(TINY.groups, transition="ode"))
+        )
+    assert not (tmp_path / "drm").exists()
 
 
 def interrupting(at: int, real: Callable[..., Any]) -> Callable[..., Any]:

@@ -23,48 +23,12 @@ from rsm_guidance.io.files import recover_folder, replace_folder, write_json
 from rsm_guidance.shapes import model as parts
 from rsm_guidance.shapes.render import place, render
 from rsm_guidance.shapes.scenes import CATEGORIES, Caption, SceneSpec, is_held_out, random_caption, wordings
+from rsm_guidance.shapes.training.config import BaseConfig, VAEConfig
 from rsm_guidance.shapes.training.objects import ObjectHead, token_labels
-from rsm_guidance.shapes.training.vae import VAEConfig, train_vae
+from rsm_guidance.shapes.training.vae import train_vae
 from rsm_guidance.training import Batches, LoopConfig, adamw, cosine_cycles, fit
 
 _WEIGHTS = (0.03, 0.04, 0.14, 0.29, 0.38, 0.12)  # of CATEGORIES: the hard ones more often
-
-
-@dataclass(frozen=True)
-class BaseConfig:
-    """Training of the base model.
-
-    The learning rate warms up to `lr` and falls along a half cosine to 0 at the first step of `restarts`; from there,
-    and from each later one, another such cycle follows.
-
-    Attributes:
-        steps: updates.
-        restarts: steps at which a cycle of the learning rate begins.
-        restart_lr: peak of these cycles, as a share of `lr`.
-        batch_size: scenes per update.
-        scenes: number of scenes, rendered once.
-        lr: peak learning rate.
-        aux_weight: weight of the per-token object prediction.
-        drop_caption: share of empty captions (classifier-free guidance).
-        zero_tokens: share of steps, with a quarter of the batch, trained with the 256 zero tokens that stock SD3 puts for a
-            missing third text encoder.
-        ema_decay: of the averaged weights.
-        seed: of data and training.
-        save_every: updates between saved states.
-    """
-
-    steps: int = 10_800
-    restarts: tuple[int, ...] = (4000, 6600)
-    restart_lr: float = 0.7
-    batch_size: int = 64
-    scenes: int = 48_000
-    lr: float = 2e-3
-    aux_weight: float = 0.3
-    drop_caption: float = 0.1
-    zero_tokens: float = 0.06
-    ema_decay: float = 0.998
-    seed: int = 0
-    save_every: int = 500
 
 
 @dataclass

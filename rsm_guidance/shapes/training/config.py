@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rsm_guidance.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from rsm_guidance.core.transitions import GaussianTransition
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,7 @@ class GroupConfig:
         guidance_scale: classifier-free guidance.
         transition: stochastic transition, the one that will be used in sampling, as text.
         batch_size: prompts per batch; all prompts of a batch branch at one level.
-        autocast: run the generator in bfloat16 autocast, which is faster on a CPU.
+        autocast: run the generator in bfloat16 autocast, which is faster on a GPU, and on a CPU that computes in it.
     """
 
     siblings: int = 4
@@ -26,6 +29,20 @@ class GroupConfig:
     transition: str = "cps 0.9"
     batch_size: int = 48
     autocast: bool = True
+
+    @property
+    def gaussian(self) -> "GaussianTransition":
+        """The transition.
+
+        Raises:
+            ValueError: if children cannot be drawn from it.
+        """
+        from rsm_guidance.core.transitions import GaussianTransition, parse_transition, require_gaussian  # loads torch
+
+        transition = parse_transition(self.transition)
+        require_gaussian(transition, "children are drawn from one Gaussian", noisy=True)
+        assert isinstance(transition, GaussianTransition)
+        return transition
 
 
 @dataclass(frozen=True)
@@ -93,6 +110,7 @@ class VAEConfig:
         kl_weight: weight of the KL divergence of the latents from a unit Gaussian.
         seed: of data and training.
         save_every: updates between saved states.
+        autocast: compute in bfloat16, which is faster on a GPU, and on a CPU that computes in it.
     """
 
     steps: int = 1000
@@ -101,6 +119,7 @@ class VAEConfig:
     kl_weight: float = 1e-5
     seed: int = 0
     save_every: int = 200
+    autocast: bool = True
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import random
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,54 +19,19 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
-from tyro.constructors import PrimitiveConstructorSpec
 
 from rsm_guidance.core.random import Purpose, RandomStreams
-from rsm_guidance.core.transitions import CPS, Gaussian, GaussianTransition, parse_transition, require_gaussian
+from rsm_guidance.core.transitions import Gaussian
 from rsm_guidance.engine import PipelineDenoiser
 from rsm_guidance.io.files import write_json, write_tensors
 from rsm_guidance.io.fingerprint import fingerprint
 from rsm_guidance.shapes.reward import to_uint8
 from rsm_guidance.shapes.scenes import Caption
+from rsm_guidance.shapes.training.config import GroupConfig
 from rsm_guidance.shapes.training.objects import token_labels
 from rsm_guidance.shapes.verify import judge, see
 
 _CORRECT_BONUS = 0.25  # of a strictly correct image, above the graded score
-_AS_TEXT = PrimitiveConstructorSpec(
-    nargs=1,
-    metavar="NAME NOISE",
-    instance_from_str=lambda words: parse_transition(words[0]),
-    is_instance=lambda instance: isinstance(instance, GaussianTransition),
-    str_from_instance=lambda transition: [str(transition)],
-)
-
-
-@dataclass(frozen=True)
-class GroupConfig:
-    """How branch groups are made.
-
-    Attributes:
-        siblings: K children per prompt.
-        steps: denoising steps of the trajectories.
-        guidance_scale: classifier-free guidance.
-        transition: stochastic transition, the one that will be used in sampling; in text "cps 0.9".
-        batch_size: prompts per batch; all prompts of a batch branch at one level.
-        autocast: run the generator in bfloat16 autocast, which is faster on a GPU, and on a CPU that computes in it.
-    """
-
-    siblings: int = 4
-    steps: int = 12
-    guidance_scale: float = 3.0
-    transition: Annotated[GaussianTransition, _AS_TEXT] = CPS(0.9)
-    batch_size: int = 48
-    autocast: bool = True
-
-    def __post_init__(self) -> None:
-        require_gaussian(self.transition, "children are drawn from one Gaussian", noisy=True)
-
-    def described(self) -> dict[str, Any]:
-        """The settings as JSON data."""
-        return asdict(self) | {"transition": str(self.transition)}
 
 
 @dataclass
@@ -144,6 +109,7 @@ def _completed_children(
     At level 0 the children are K initial noises.
     """
     b, k, schedule = len(streams.names), config.siblings, denoiser.schedule
+    transition = config.gaussian
 
     def step(gaussian: Gaussian, i: int, candidates: list[tuple[int, int]]) -> Tensor:
         """The next latents of (candidate, child) pairs, candidate-major; the mean is one for all, or one for each."""
@@ -158,10 +124,10 @@ def _completed_children(
         x = denoiser.initial()
         for i in range(level):
             drawn = [(0, 0)] if i < level - 1 else [(0, child) for child in range(k)]
-            x = step(config.transition(denoiser.predict(x, i), schedule, i, i + 1), i, drawn)
+            x = step(transition(denoiser.predict(x, i), schedule, i, i + 1), i, drawn)
     children, rows = x, torch.arange(b).repeat(k)
     for i in range(level, schedule.steps):
-        gaussian = config.transition(denoiser.predict(x, i, rows), schedule, i, i + 1)
+        gaussian = transition(denoiser.predict(x, i, rows), schedule, i, i + 1)
         x = step(gaussian, i, [(c, 0) for c in range(k)])
     return (children.unflatten(0, (k, b)).transpose(0, 1), x.unflatten(0, (k, b)).transpose(0, 1))
 
@@ -179,7 +145,7 @@ def generate_groups(
         {
             "captions": [c.text for c in captions],
             "seed": seed,
-            "groups": config.described(),
+            "groups": asdict(config),
             "generator": fingerprint(pipe.transformer),
         },
     )

@@ -4,7 +4,7 @@ What it is trained for is in `training.objective`; the loop is `rsm_guidance.tra
 """
 
 import random
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ from diffusers import DiffusionPipeline
 from rsm_guidance.core.random import generator_of
 from rsm_guidance.io.files import write_json
 from rsm_guidance.reward_models import DiffusionRewardModel, load_backbone
-from rsm_guidance.reward_models.model import Adaptation
 from rsm_guidance.shapes.scenes import Caption, caption_set, random_caption
-from rsm_guidance.shapes.training.groups import BranchGroups, GroupConfig, generate_groups
+from rsm_guidance.shapes.training.config import RewardTrainConfig
+from rsm_guidance.shapes.training.groups import BranchGroups, generate_groups
 from rsm_guidance.shapes.training.hard_negatives import Renders, render_hard_negatives
 from rsm_guidance.shapes.training.objective import Preferences
 from rsm_guidance.shapes.training.report import report_accuracy, validation_accuracy
@@ -26,60 +26,6 @@ from rsm_guidance.training.optim import freeze_unreached
 
 _TUNED_TRUNK = 0.33  # learning rate of a tuned trunk, as a share of the head's
 _EMA_DECAY = 0.995
-
-
-@dataclass(frozen=True)
-class RewardTrainConfig:
-    """Training of a diffusion reward model on the shapes world.
-
-    Attributes:
-        out: folder for data, training state, the model and its report.
-        pipeline: folder of the generator, "shapes" for the embedded one; it is the backbone too. Another model of the
-            shapes world: the verifier orders its samples.
-        prompts: training captions, all of the training split.
-        validation_prompts: held-out captions that decide when to stop.
-        groups: how samples are generated.
-        data: folder of generated groups; default `out`/data.
-        blocks: blocks of the denoiser kept.
-        adaptation: "frozen", "lora" or "full".
-        lora_rank: rank of the LoRA.
-        head_width: width of the reward head.
-        steps: optimiser updates.
-        batch_groups: groups per update.
-        lr: peak learning rate of the head and of a LoRA; a tuned trunk learns at a third of it.
-        weight_decay: AdamW weight decay.
-        sibling_weight: weight of the sibling pairs' loss against that of the re-noised pairs.
-        object_weight: weight of the auxiliary per-token prediction of what the finished image holds; none with a frozen
-            backbone, which it could not teach.
-        evaluate_every: updates between validations; the best checkpoint by mean accuracy is kept.
-        seed: of data and training.
-    """
-
-    out: Path = Path("drm")
-    pipeline: str = "shapes"
-    prompts: int = 7200
-    validation_prompts: int = 480
-    groups: GroupConfig = field(default_factory=GroupConfig)
-    data: Path | None = None
-    blocks: int = 4
-    adaptation: Adaptation = "full"
-    lora_rank: int = 16
-    head_width: int = 64
-    steps: int = 2200
-    batch_groups: int = 12
-    lr: float = 1.5e-3
-    weight_decay: float = 0.05
-    sibling_weight: float = 1.0
-    object_weight: float = 1.0
-    evaluate_every: int = 250
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("prompts", "validation_prompts", "steps", "batch_groups", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if self.groups.siblings < 2:
-            raise ValueError(f"a preference needs at least 2 siblings; got {self.groups.siblings}")
 
 
 @dataclass(frozen=True)
@@ -98,6 +44,7 @@ def train_reward(config: RewardTrainConfig) -> dict[str, Any]:
     Resumes where it was interrupted.  Returns the report.
     """
     out = Path(config.out)
+    _ = config.groups.gaussian  # refuses what children cannot be drawn from, before anything is loaded
     pipe = load_backbone(config.pipeline)
     pipe.set_progress_bar_config(disable=True)
     data = reward_data(pipe, config)
@@ -118,7 +65,7 @@ def train_reward(config: RewardTrainConfig) -> dict[str, Any]:
     )
     best = DiffusionRewardModel.from_pretrained(str(out / "model"), pipe=pipe)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
-    report: dict[str, Any] = {"config": settings | {"groups": config.groups.described()}, "history": history}
+    report: dict[str, Any] = {"config": settings, "history": history}
     report |= report_accuracy(best, data.reported, out / "accuracy.png")
     write_json(out / "report.json", report)
     return report

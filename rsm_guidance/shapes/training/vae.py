@@ -12,32 +12,10 @@ from torch.utils.data import Dataset
 
 from rsm_guidance.shapes.render import render_spec
 from rsm_guidance.shapes.scenes import CATEGORIES, random_caption
+from rsm_guidance.shapes.training.config import VAEConfig
 from rsm_guidance.training import Batches, LoopConfig, adamw, cosine, fit
 
 _MEASURED = 512  # images of which shift and scale are measured
-
-
-@dataclass(frozen=True)
-class VAEConfig:
-    """Training of the autoencoder.
-
-    Attributes:
-        steps: updates.
-        batch_size: images per update.
-        lr: peak learning rate, reached after a warm-up; from there a half cosine leads to 0.
-        kl_weight: weight of the KL divergence of the latents from a unit Gaussian.
-        seed: of data and training.
-        save_every: updates between saved states.
-        autocast: compute in bfloat16, which is faster on a GPU, and on a CPU that computes in it.
-    """
-
-    steps: int = 1000
-    batch_size: int = 24
-    lr: float = 2e-3
-    kl_weight: float = 1e-5
-    seed: int = 0
-    save_every: int = 200
-    autocast: bool = True
 
 
 @dataclass(frozen=True)

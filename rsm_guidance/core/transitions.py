@@ -23,7 +23,7 @@ moves log-probabilities by as much as published clip ranges.  Only samples are c
 """
 
 import math
-from abc import ABC, ABCMeta, abstractmethod
+from abc import ABCMeta, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar

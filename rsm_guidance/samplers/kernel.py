@@ -136,7 +136,7 @@ class Sampler(ABC):
     adaptive: ClassVar[bool] = False
     transition: Transition
 
-    def check(self, task: Task) -> None:
+    def check(self, task: Task) -> None:  # noqa: B027 - most methods need nothing
         """Raise a ValueError if a task lacks what the method needs."""
 
     @abstractmethod

@@ -158,7 +158,11 @@ def planned(sampler: Sampler, task: Task) -> tuple[Sampler, int | None]:
     Methods that mind the budget themselves are returned as they are.
     """
     budget = task.ledger.budget
-    if sampler.adaptive or not task.can_score or (budget.evaluations, budget.reward_calls, budget.decodes) == (None,) * 3:
+    if (
+        sampler.adaptive
+        or not task.can_score
+        or (budget.evaluations, budget.reward_calls, budget.decodes) == (None,) * 3
+    ):
         return sampler, None
     costs = Costs.of(task)
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import rsm_guidance as rg
-from rsm_guidance.samplers.run import run
 from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.core.transitions import Transition
 from rsm_guidance.samplers import Unguided
 from rsm_guidance.samplers.backtracking import Backtracking
+from rsm_guidance.samplers.run import run
 from tests.samplers.cases import ANCESTRAL, SHORT, ConstantValue, problem
 
 ODE = Transition("ode")

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 import rsm_guidance as rg
-from rsm_guidance.samplers.run import run
 from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.core.schedule import Prediction
 from rsm_guidance.core.transitions import Transition
 from rsm_guidance.samplers import Unguided
 from rsm_guidance.samplers.demon import Demon, combine
+from rsm_guidance.samplers.run import run
 from tests.samplers.cases import ANCESTRAL, SHORT, ConstantValue, problem
 
 CPS = Transition("cps", 0.9)

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from rsm_guidance.samplers.run import run
 from rsm_guidance.core.transitions import Transition
 from rsm_guidance.samplers import BestOfN, Funnel, Unguided
+from rsm_guidance.samplers.run import run
 from tests.samplers.cases import ANCESTRAL, SHORT, ConstantValue, problem
 
 

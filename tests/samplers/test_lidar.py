@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from rsm_guidance.samplers.run import run
-from rsm_guidance.oracles.mixture import tilt
 from rsm_guidance.core.schedule import Prediction
 from rsm_guidance.core.transitions import Transition
+from rsm_guidance.oracles.mixture import tilt
 from rsm_guidance.samplers import Lidar, Unguided
+from rsm_guidance.samplers.run import run
 from tests.samplers.cases import ANCESTRAL, CASES, SCHEDULES, SHORT, problem
 
 
@@ -26,7 +26,9 @@ def test_many_lookahead_samples_guide_to_the_tilted_posterior(name: str) -> None
 @pytest.mark.parametrize("transition", [ANCESTRAL, Transition("ode"), Transition("cps", 0.5)])
 def test_it_climbs_and_does_nothing_without_a_choice(transition: Transition) -> None:
     plain = run(Unguided(transition), problem("ring", SHORT, 60))
-    guided = run(Lidar(strength=1.0, temperature=0.01, window=(0.0, 1.0), transition=transition), problem("ring", SHORT, 60))
+    guided = run(
+        Lidar(strength=1.0, temperature=0.01, window=(0.0, 1.0), transition=transition), problem("ring", SHORT, 60)
+    )
     assert plain.rewards is not None and guided.rewards is not None
     assert guided.rewards.mean() > plain.rewards.mean() + 2
     for sampler in (Lidar(1, transition=transition), Lidar(strength=0.0, transition=transition)):

@@ -7,8 +7,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 import rsm_guidance as rg
-from rsm_guidance.samplers.run import run
 from rsm_guidance.samplers import BestOfN, Monitor, Watch
+from rsm_guidance.samplers.run import run
 from tests.samplers.cases import ANCESTRAL, CASES, SHORT, problem
 
 

@@ -11,7 +11,6 @@ from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from torch import Tensor
 
 import rsm_guidance as rg
-from rsm_guidance.samplers.run import run
 from rsm_guidance.core.ledger import Ledger
 from rsm_guidance.core.noise_prior import improbability
 from rsm_guidance.core.random import RandomStreams
@@ -19,6 +18,7 @@ from rsm_guidance.core.transitions import Transition
 from rsm_guidance.engine import PipelineDenoiser
 from rsm_guidance.samplers import Task, Unguided
 from rsm_guidance.samplers.noise_optimization import Climb, NoiseOptimization
+from rsm_guidance.samplers.run import run
 from tests.samplers.cases import ANCESTRAL, CASES, SHORT, exhausted, problem
 
 ODE = Transition("ode")

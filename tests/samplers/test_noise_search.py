@@ -10,13 +10,13 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchHeunDiscreteScheduler, StableDiffusion3Pipeline
 
 import rsm_guidance as rg
-from rsm_guidance.samplers.run import run
 from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.core.schedule import NoiseSchedule
 from rsm_guidance.core.transitions import Transition
 from rsm_guidance.engine import PipelineDenoiser
 from rsm_guidance.samplers import BestOfN, Unguided
 from rsm_guidance.samplers.noise_search import NoiseSearch
+from rsm_guidance.samplers.run import run
 from tests.samplers.cases import ANCESTRAL, SHORT, ConstantValue, problem
 
 ODE = Transition("ode")

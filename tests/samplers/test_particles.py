@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 import rsm_guidance as rg
-from rsm_guidance.samplers.run import run
+from rsm_guidance.core.random import RandomStreams
+from rsm_guidance.core.schedule import NoiseSchedule, Prediction
+from rsm_guidance.core.transitions import Transition
 from rsm_guidance.oracles.mixture import (
     expected_reward,
     tilt,
 )
-from rsm_guidance.core.random import RandomStreams
-from rsm_guidance.core.schedule import NoiseSchedule, Prediction
-from rsm_guidance.core.transitions import Transition
 from rsm_guidance.samplers import (
     SVDD,
     BestOfN,
@@ -26,6 +25,7 @@ from rsm_guidance.samplers import (
     Unguided,
 )
 from rsm_guidance.samplers.psi import CrankNicolson
+from rsm_guidance.samplers.run import run
 from tests.samplers.cases import (
     ANCESTRAL,
     CASES,
@@ -296,6 +296,4 @@ def test_final_weights_are_those_of_the_tempered_reward(name: str, chain: bool) 
 
 def test_a_cold_draw_of_svdd_is_greedy() -> None:
     greedy, cold = (SVDD(4, temperature=t, transition=ANCESTRAL) for t in (0.0, 1e-9))
-    assert torch.equal(
-        run(cold, problem("ring", SHORT, 20)).latents, run(greedy, problem("ring", SHORT, 20)).latents
-    )
+    assert torch.equal(run(cold, problem("ring", SHORT, 20)).latents, run(greedy, problem("ring", SHORT, 20)).latents)

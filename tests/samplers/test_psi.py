@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 import rsm_guidance as rg
-from rsm_guidance.samplers.run import run
-from rsm_guidance.oracles.mixture import expected_reward, tilt
 from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.core.schedule import NoiseSchedule, Prediction
 from rsm_guidance.core.transitions import Transition
+from rsm_guidance.oracles.mixture import expected_reward, tilt
 from rsm_guidance.samplers import TwistedSMC, Unguided
 from rsm_guidance.samplers.psi import CrankNicolson, PsiSampler
+from rsm_guidance.samplers.run import run
 from tests.samplers.cases import ANCESTRAL, CASES, SHORT, ConstantValue, exhausted, problem, weighted_reward
 
 LATE = NoiseSchedule.variance_preserving(8, start=0.3)  # its noisiest level knows something of the data

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from rsm_guidance.samplers.run import run
-from rsm_guidance.oracles.mixture import tilt
 from rsm_guidance.core.schedule import Prediction
 from rsm_guidance.core.transitions import Transition
+from rsm_guidance.oracles.mixture import tilt
 from rsm_guidance.samplers import RewardGradient, Unguided
 from rsm_guidance.samplers.gradients import value_and_gradient
+from rsm_guidance.samplers.run import run
 from tests.samplers.cases import ANCESTRAL, CASES, SCHEDULES, SHORT, ConstantValue, problem
 
 CPS = Transition("cps", 0.9)

@@ -9,13 +9,13 @@ import torch
 from diffusers import DiffusionPipeline
 
 import rsm_guidance as rg
-from rsm_guidance.samplers.run import run
-from rsm_guidance.samplers.tree.store import Forest
-from rsm_guidance.oracles.mixture import GaussianMixture
 from rsm_guidance.core.schedule import NoiseSchedule
 from rsm_guidance.core.transitions import Transition
+from rsm_guidance.oracles.mixture import GaussianMixture
+from rsm_guidance.samplers.run import run
 from rsm_guidance.samplers.tree import file as tree_file
 from rsm_guidance.samplers.tree.methods import TreeSampling, TreeSearch
+from rsm_guidance.samplers.tree.store import Forest
 from tests.samplers.tree_cases import BOTH, REWARD, A, ids, problem, same
 
 

@@ -9,9 +9,9 @@ from diffusers import DiffusionPipeline
 import rsm_guidance as rg
 from rsm_guidance.core.ledger import Budget, Ledger
 from rsm_guidance.core.schedule import NoiseSchedule
-from rsm_guidance.samplers.planning import Costs, cost, dry_run, fit_to_budget, rehearsal
 from rsm_guidance.evaluation.generate import Generation, costs_of
 from rsm_guidance.samplers import SAMPLERS, Sampler, make_sampler, parse_sampler, run
+from rsm_guidance.samplers.planning import Costs, cost, dry_run, fit_to_budget, rehearsal
 
 DRM = Costs(NoiseSchedule.flow(6), 2.0, 2 / 3, 2 / 3)
 FUNCTION = Costs(NoiseSchedule.flow(6), 2.0, None, 0.0)

@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rsm_guidance.core.random import Purpose, RandomStreams
-from rsm_guidance.core.transitions import Gaussian
+from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.engine import PipelineDenoiser
 from rsm_guidance.io.files import write_json, write_tensors
 from rsm_guidance.io.fingerprint import fingerprint
+from rsm_guidance.rollouts.collect import collect, initial_generators
 from rsm_guidance.shapes.reward import to_uint8
 from rsm_guidance.shapes.scenes import Caption
 from rsm_guidance.shapes.training.config import GroupConfig
@@ -82,7 +82,7 @@ def sample_groups(
         "prompt": prompts,
         "num_inference_steps": config.steps,
         "guidance_scale": config.guidance_scale,
-        "generator": _initial(streams, 0),
+        "generator": initial_generators(streams, 0),
     }
     with closing(PipelineDenoiser(pipe, call)) as denoiser:
         children, finals = _completed_children(denoiser, streams, config, level)
@@ -96,40 +96,18 @@ def sample_groups(
     return BranchGroups(prompts, children.half().cpu(), finals.half().cpu(), sigma, scores, labels)
 
 
-def _initial(streams: RandomStreams, candidate: int) -> list[torch.Generator]:
-    return [streams.generator(row, Purpose.INITIAL, candidate) for row in range(len(streams.names))]
-
-
 def _completed_children(
     denoiser: PipelineDenoiser, streams: RandomStreams, config: GroupConfig, level: int
 ) -> tuple[Tensor, Tensor]:
-    """Children at `level` and the clean latents they end in, both [B, K, ...].
-
-    Noise is named (candidate, level, child): the trajectory is candidate 0, and from their level on children are candidates.
-    At level 0 the children are K initial noises.
-    """
-    b, k, schedule = len(streams.names), config.siblings, denoiser.schedule
-    transition = config.gaussian
-
-    def step(gaussian: Gaussian, i: int, candidates: list[tuple[int, int]]) -> Tensor:
-        """The next latents of (candidate, child) pairs, candidate-major; the mean is one for all, or one for each."""
-        shape = gaussian.mean.shape[1:]
-        noise = [streams.normal(r, shape, Purpose.STEP, c, i, child) for c, child in candidates for r in range(b)]
-        mean = gaussian.mean if len(gaussian.mean) == len(noise) else gaussian.mean.repeat(k, *[1] * len(shape))
-        return Gaussian(mean, gaussian.std, gaussian.dtype).sample(torch.stack(noise))
-
+    """Children at `level` and the clean latents they end in, both [B, K, ...]; at level 0 they are K initial noises."""
+    k = config.siblings
     if level == 0:
-        x = torch.cat([denoiser.initial(_initial(streams, c) if c else None) for c in range(k)])
+        rollout = collect(denoiser, streams, config.gaussian, group=k)
+        children = rollout.steps[0].x
     else:
-        x = denoiser.initial()
-        for i in range(level):
-            drawn = [(0, 0)] if i < level - 1 else [(0, child) for child in range(k)]
-            x = step(transition(denoiser.predict(x, i), schedule, i, i + 1), i, drawn)
-    children, rows = x, torch.arange(b).repeat(k)
-    for i in range(level, schedule.steps):
-        gaussian = transition(denoiser.predict(x, i, rows), schedule, i, i + 1)
-        x = step(gaussian, i, [(c, 0) for c in range(k)])
-    return (children.unflatten(0, (k, b)).transpose(0, 1), x.unflatten(0, (k, b)).transpose(0, 1))
+        rollout = collect(denoiser, streams, config.gaussian, splits={level - 1: k})
+        children = rollout.steps[level - 1].next
+    return children.unflatten(0, (-1, k)), rollout.latents.unflatten(0, (-1, k))
 
 
 def generate_groups(

@@ -9,9 +9,9 @@ SHAKE-256 of the name fills the whole state of torch's Mersenne twister.  `manua
 """
 
 import hashlib
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 Name = int | str
 
 
-class Purpose(StrEnum):
+class Purpose:
     """First part of a stream's name."""
 
     INITIAL = "initial"  # initial noise of a candidate
@@ -39,11 +39,22 @@ class Purpose(StrEnum):
 
 
 _WORDS = 624
-_FIRST = 8 * 3  # torch's layout: seed, (left, seeded), next, then 624 words of 64 bits of which 32 are used
+_FIRST = 3  # torch's layout, in 64 bits: seed, (left, seeded), next, then 624 words of which 32 bits are used
+
+
+class _Buffer(threading.local):
+    """A generator state to be filled, and its words as numbers; one for each thread, as making it takes its time."""
+
+    def __init__(self) -> None:
+        self.state = torch.Generator().manual_seed(0).get_state()
+        self.words = self.state.numpy()[: 8 * (_FIRST + _WORDS)].view(np.uint64)
+
+
+_BUFFER = _Buffer()
 
 
 def _spelled(name: tuple[Name, ...]) -> bytes:
-    return "\x1f".join(f"{'int' if isinstance(part, int) else 'str'}:{part}" for part in name).encode()
+    return repr(name).encode()  # numbers and text, told apart by their quotes
 
 
 def derive_seed(*name: Name) -> int:
@@ -53,11 +64,11 @@ def derive_seed(*name: Name) -> int:
 
 def generator_of(*name: Name) -> torch.Generator:
     """A CPU generator whose whole state derives from a name."""
-    generator = torch.Generator().manual_seed(derive_seed(*name))
-    state = generator.get_state()
-    words = np.frombuffer(hashlib.shake_256(_spelled(name)).digest(4 * _WORDS), dtype="<u4")
-    state.numpy()[_FIRST : _FIRST + 8 * _WORDS].view(np.uint64)[:] = words
-    return generator.set_state(state)
+    digest = hashlib.shake_256(_spelled(name)).digest(4 * _WORDS)
+    words = _BUFFER.words
+    words[_FIRST:] = np.frombuffer(digest, dtype="<u4")
+    words[0] = int.from_bytes(digest[:8], "big") >> 1  # what `initial_seed` tells
+    return torch.Generator().set_state(_BUFFER.state)
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,7 @@ class RandomStreams:
         for prompt in prompts:
             names.append((prompt, counts.get(prompt, 0)))
             counts[prompt] = names[-1][1] + 1
-        return RandomStreams(seed, tuple(names))
+        return RandomStreams(int(seed), tuple(names))
 
     def generator(self, row: int, *path: Name) -> torch.Generator:
         """A CPU generator for one purpose of one row."""

@@ -23,7 +23,7 @@ moves log-probabilities by as much as published clip ranges.  Only samples are c
 """
 
 import math
-from abc import ABC, ABCMeta, abstractmethod
+from abc import ABCMeta, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -58,8 +58,8 @@ class Gaussian:
     def sample(self, noise: Tensor) -> Tensor:
         """mean + std * noise, in `dtype`; `noise` is standard normal and broadcasts to the mean."""
         if self.std == 0:
-            shape = torch.broadcast_shapes(self.mean.shape, noise.shape)  # type: ignore[no-untyped-call]
-            return self.mean.expand(shape).to(self.dtype or self.mean.dtype)
+            mean = self.mean if noise.numel() <= self.mean.numel() else self.mean.expand_as(noise)
+            return mean.to(self.dtype or mean.dtype)
         return (self.mean + self.std * noise.to(self.mean)).to(self.dtype or self.mean.dtype)
 
     @property

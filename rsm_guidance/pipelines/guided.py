@@ -137,7 +137,11 @@ def reward_guided(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
 
 
 def _call(
-    pipe: DiffusionPipeline, stock_call: Callable[..., Any], call: dict[str, Any], sampler: Sampler | str | None, **ours: Any
+    pipe: DiffusionPipeline,
+    stock_call: Callable[..., Any],
+    call: dict[str, Any],
+    sampler: Sampler | str | None,
+    **ours: Any,
 ) -> Any:
     seed, generator = ours.pop("seed", None), call.get("generator")
     if sampler is not None:
@@ -219,7 +223,9 @@ def _columns(columns: dict[str, list[Any]], count: int) -> dict[str, list[Any]]:
     repeated = {}
     for name, values in columns.items():
         if not len(values) or count % len(values):
-            raise UsageError(f"the column {name!r} has {len(values)} entries for {count} images; give one for each prompt")
+            raise UsageError(
+                f"the column {name!r} has {len(values)} entries for {count} images; give one for each prompt"
+            )
         repeated[name] = [v for v in values for _ in range(count // len(values))]
     return repeated
 

@@ -69,8 +69,7 @@ class Backtracking(Sampler):
         `back` of a run and another evaluation.  An image's budget bounds its attempts, whatever the others use.
         """
         search = _Search(self, task)
-        for info in search.run():
-            yield info
+        yield from search.run()
         return search.result()
 
 

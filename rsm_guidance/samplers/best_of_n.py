@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rsm_guidance.core.transitions import SchedulerSteps, Transition
 from rsm_guidance.rollouts.collect import trajectories
-from rsm_guidance.samplers.kernel import Info, Result, Solution, Sampler, at_least, require
+from rsm_guidance.samplers.kernel import Info, Result, Sampler, Solution, at_least, require
 from rsm_guidance.samplers.task import Task
 
 

@@ -97,6 +97,8 @@ class Demon(Kernel):
 
 def combine(noises: Tensor, weights: Tensor) -> Tensor:
     """Noises [B, K, ...] weighed by [B, K], summed and stretched to the length of a noise; [B, ...], NaN where that is zero."""
-    total = torch.einsum("bk,bk...->b...", weights.to(noises.device), noises.double())
+    total = torch.zeros_like(noises[:, 0], dtype=torch.float64)
+    for k in range(noises.shape[1]):  # one after the other, so that no batch rounds otherwise
+        total = total + scaled(noises[:, k].double(), weights[:, k])
     length = total.flatten(1).norm(dim=1)
     return scaled(total, math.sqrt(total[0].numel()) / length)

@@ -31,6 +31,7 @@ class State:
         log_weights: float64 [B, K] since the last resampling, for weighted methods.
         log_normalizer: float64 [B], log of the product of mean weights so far.
         carried: quantities [B, K] that follow their candidate through resampling.
+        opening: what was seen while the population was made, if candidates competed then.
     """
 
     x: Tensor
@@ -40,6 +41,7 @@ class State:
     log_weights: Tensor = field(default_factory=lambda: torch.empty(0))
     log_normalizer: Tensor = field(default_factory=lambda: torch.empty(0))
     carried: dict[str, Tensor] = field(default_factory=dict)
+    opening: "Info | None" = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ class Info:
 
     Attributes:
         level: where the step started; N after the images of a round were scored.
-        x0: estimate [B, ...] of the clean latents, shown to the caller and returned if the run is cut off here.
+        x0: estimate [B, ...] of the clean latents, shown to the caller and returned if the run is cut off here; None where
+            there is none yet.
         scores: [B, K] of the candidates that were compared, or None.
         at: the level of these candidates.
         record: further entries of the trace, tensors or JSON.
@@ -77,7 +80,7 @@ class Info:
     """
 
     level: int
-    x0: Tensor
+    x0: Tensor | None
     scores: Tensor | None = None
     at: int | None = None
     record: dict[str, Any] = field(default_factory=dict)
@@ -133,17 +136,22 @@ class Sampler(ABC):
     adaptive: ClassVar[bool] = False
     transition: Transition
 
-    def check(self, task: Task) -> None:
+    def check(self, task: Task) -> None:  # noqa: B027 - most methods need nothing
         """Raise a ValueError if a task lacks what the method needs."""
 
     @abstractmethod
     def solve(self, task: Task) -> Solution:
         """Solve a task step by step."""
 
+    @property
+    def stepping(self) -> Transition:
+        """The transition that is really used."""
+        return self.transition
+
     def described(self) -> dict[str, Any]:
         """Name and settings, JSON-serialisable."""
         own = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
-        return {"name": self.name, **own}
+        return {"name": self.name, **own, "transition": str(self.stepping)}
 
 
 def _plain(value: Any) -> Any:
@@ -177,6 +185,8 @@ class Kernel(Sampler):
     def solve(self, task: Task) -> Solution:
         state, jumps = self.init(task), self.transition.jumps(task.schedule)
         guided = task.steps if task.guided_levels is None else task.guided_levels
+        if state.opening is not None:
+            yield state.opening
         for jump in jumps:
             if jump[0] < guided:
                 state, info = self.step(task, state, jump)

@@ -24,7 +24,7 @@ from rsm_guidance.core.rows import per_row
 from rsm_guidance.core.schedule import Prediction
 from rsm_guidance.core.transitions import CPS, ODE, GaussianTransition, require_gaussian
 from rsm_guidance.samplers import kernel
-from rsm_guidance.samplers.kernel import Info, Result, Solution, Sampler, first_of, table
+from rsm_guidance.samplers.kernel import Info, Result, Sampler, Solution, first_of, table
 from rsm_guidance.samplers.task import Task
 
 _EXACT = ODE()

@@ -33,7 +33,7 @@ from rsm_guidance.core.schedule import Prediction
 from rsm_guidance.core.transitions import ODE, GaussianTransition, require_gaussian
 from rsm_guidance.rewards import scored
 from rsm_guidance.samplers import kernel
-from rsm_guidance.samplers.kernel import Info, Result, Solution, Sampler
+from rsm_guidance.samplers.kernel import Info, Result, Sampler, Solution
 from rsm_guidance.samplers.task import Task
 
 _PERMUTATIONS = 8

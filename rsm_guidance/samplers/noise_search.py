@@ -65,16 +65,16 @@ class NoiseSearch(Sampler):
         kernel.one_of(self, mode=("random", "zero-order", "paths"))
         kernel.at_least(self, 1, "candidates", "rounds", "branches", "batch_rows")
         kernel.share(self, "radius", "start", "back")
-        if self.mode == "paths" and any(target - level > 1 for level, target in self._stepping.jumps(_LEVELS)):
+        if self.mode == "paths" and any(target - level > 1 for level, target in self.stepping.jumps(_LEVELS)):
             raise ValueError(
                 f"paths branch between single levels, which the transition {self.transition.name!r} jumps; choose ode, ddim or "
                 "cps"
             )
 
     @property
-    def _stepping(self) -> Transition:
-        """How paths step: by single levels."""
-        return ODE() if self.transition.whole_runs else self.transition
+    def stepping(self) -> Transition:
+        """Paths step by single levels, which the pipeline's own solver does not."""
+        return ODE() if self.mode == "paths" and self.transition.whole_runs else self.transition
 
     def check(self, task: Task) -> None:
         if self.candidates * self.rounds > 1 or (self.mode == "paths" and self.branches > 1):
@@ -170,7 +170,7 @@ class NoiseSearch(Sampler):
         """Latents [B * K, ...] with labels [K], stepped on from `level` to `target`, and their last estimates."""
         k, x0, jumps = len(labels), x, [(at, at + 1) for at in range(level, target)]
         rows = task.rows_of(k)
-        for step in walk(task.denoiser, task.streams, self._stepping, x, rows, labels * task.count, jumps):
+        for step in walk(task.denoiser, task.streams, self.stepping, x, rows, labels * task.count, jumps):
             yield Info(step.level, first_of(step.estimate, k))
             x, x0 = step.next, step.estimate
         return x, x0

@@ -153,12 +153,16 @@ def cost(sampler: Sampler, costs: Costs) -> float:
 def planned(sampler: Sampler, task: Task) -> tuple[Sampler, int | None]:
     """The sampler as large as the budget of a task allows, and its number of guided levels (None for all).
 
-    Below its smallest size a method that goes through the levels once is guided at the first, noisiest levels alone, any
-    other not at all.
+    Where nothing above its smallest size fits, a method that goes through the levels once is guided at the first, noisiest
+    levels alone, any other not at all.
     Methods that mind the budget themselves are returned as they are.
     """
     budget = task.ledger.budget
-    if sampler.adaptive or not task.can_score or (budget.evaluations, budget.reward_calls, budget.decodes) == (None,) * 3:
+    if (
+        sampler.adaptive
+        or not task.can_score
+        or (budget.evaluations, budget.reward_calls, budget.decodes) == (None,) * 3
+    ):
         return sampler, None
     costs = Costs.of(task)
 
@@ -175,10 +179,14 @@ def planned(sampler: Sampler, task: Task) -> tuple[Sampler, int | None]:
         return sampler, None
     task.ledger.stop("budget")
     smallest = _smallest(sampler)
+    name = sampler.budget_field
     if fits(smallest):
-        return _largest(smallest, getattr(sampler, str(sampler.budget_field)), fits), None
+        found = _largest(smallest, getattr(sampler, str(name)), fits)
+        if found is not smallest or not isinstance(sampler, Kernel):
+            return found, None
+        smallest = replace(smallest, **{str(name): getattr(smallest, str(name)) + 1})  # type: ignore[type-var]
     if not isinstance(sampler, Kernel) or not fits(smallest, 0):
-        return Unguided(sampler.transition), None
+        return Unguided(sampler.stepping), None
     levels = 0
     while levels < costs.schedule.steps and fits(smallest, levels + 1):
         levels += 1

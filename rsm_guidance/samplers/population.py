@@ -21,7 +21,9 @@ from rsm_guidance.samplers.task import Task
 def require_stochastic(transition: Transition, count: int) -> None:
     """Raise a ValueError if several particles could not part."""
     if not transition.stochastic and count > 1:
-        raise ValueError("particles need a stochastic transition (ddim, cps, flow_sde, glass): copies would stay copies")
+        raise ValueError(
+            "particles need a stochastic transition (ddim, cps, flow_sde, glass): copies would stay copies"
+        )
 
 
 def particles(task: Task, x: Tensor, k: int, **carried: Tensor) -> State:

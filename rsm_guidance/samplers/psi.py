@@ -34,7 +34,7 @@ from rsm_guidance.core.transitions import CPS, GaussianTransition, require_gauss
 from rsm_guidance.rollouts.collect import interleave
 from rsm_guidance.samplers import kernel, population
 from rsm_guidance.samplers.gradients import value_and_gradient
-from rsm_guidance.samplers.kernel import Info, Solution, Sampler, first_of, table
+from rsm_guidance.samplers.kernel import Info, Sampler, Solution, first_of, table
 from rsm_guidance.samplers.neighbours import neighbours
 from rsm_guidance.samplers.smc import TwistedSMC
 from rsm_guidance.samplers.task import Task
@@ -73,9 +73,7 @@ class CrankNicolson:
         """Moves that each chain makes for `count` particles."""
         return self.burn_in + self.thin * math.ceil(count / self.chains)
 
-    def draw(
-        self, task: Task, count: int, temperature: float
-    ) -> Generator[Info, None, tuple[Tensor, Tensor, Tensor]]:
+    def draw(self, task: Task, count: int, temperature: float) -> Generator[Info, None, tuple[Tensor, Tensor, Tensor]]:
         """Initial latents [B * count, ...], their values [B, count] and the share of moves taken [B].
 
         Cost per image: a value for every state of every chain, with `gradient` a backward pass, too.
@@ -86,8 +84,7 @@ class CrankNicolson:
         kept: list[tuple[Tensor, Tensor]] = []
         taken = torch.zeros(len(x), dtype=torch.float64)
         for move in range(self.moves(count)):
-            if x0 is not None:
-                yield Info(0, first_of(x0, c), silent=True)
+            yield Info(0, None if x0 is None else first_of(x0, c), silent=True)
             chains = x.unflatten(0, (task.count, c))
             fresh = [neighbours(task, chains[:, i], self.rho, Purpose.MOVE, i, move) for i in range(c)]
             proposal = interleave(fresh) + (self._push(scale) * slope).to(x)

@@ -18,7 +18,6 @@ and d = s g for the others (strength 1 / lambda: the proposal of twisted SMC), a
 With automatic scale a biased maximiser: it follows no target distribution.
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 

@@ -40,6 +40,7 @@ def run(sampler: Sampler, task: Task) -> SamplerOutput:
     method, task.guided_levels = planned(sampler, task)
     trace = _opened(sampler, task)
     last: Info | None = None
+    best: Info | None = None
     result: Result | None = None
     steps = method.solve(task)
     try:
@@ -50,24 +51,25 @@ def run(sampler: Sampler, task: Task) -> SamplerOutput:
             except StopIteration as end:
                 result = end.value
                 break
+            best = best if last.x0 is None else last
             if entry := last.entry():
                 trace.setdefault(last.section, []).append(entry)
             _report(task, last)
     except (KeyboardInterrupt, StopRequested) as interrupt:
         task.ledger.stop("interrupted")
-        if last is None:
+        if best is None:
             raise KeyboardInterrupt from interrupt
     except _CutOff as cut:
         task.ledger.stop(cut.why)
-        if last is None:
+        if best is None:
             raise DeadlinePassed(
                 f"the deadline of {task.ledger.budget.seconds} s passed before the first denoising step; allow more time"
             ) from cut
     finally:
         steps.close()
     if result is None:
-        assert last is not None
-        result = Result(last.x0) if last.so_far is None else last.so_far()
+        assert best is not None and best.x0 is not None
+        result = Result(best.x0) if best.so_far is None else best.so_far()
     return _closed(task, result, trace)
 
 
@@ -99,7 +101,7 @@ def _check(task: Task, last: Info | None) -> None:
 
 
 def _report(task: Task, info: Info) -> None:
-    if task.progress is not None and not info.silent and info.level < task.steps:
+    if task.progress is not None and info.x0 is not None and not info.silent and info.level < task.steps:
         task.progress(Progress(info.level + 1, task.steps, info.x0.detach(), info.scores))
 
 
@@ -110,7 +112,7 @@ def _opened(sampler: Sampler, task: Task) -> dict[str, Any]:
         "prompts": list(task.denoiser.prompts),
         "seed": task.streams.seed,
         "steps": task.steps,
-        "sigma": None if sampler.transition.whole_runs else task.schedule.sigma.tolist(),
+        "sigma": None if sampler.stepping.whole_runs else task.schedule.sigma.tolist(),
         "levels": [],
     }
 

@@ -72,8 +72,8 @@ class StepwiseSampling(Kernel):
         x = task.initial(*range(runs * k))
         if k == 1:
             return State(x, runs)
-        x, known, _, _ = self._select(task, x, 0, k)
-        return State(x, runs, None, known)
+        x, known, scores, chosen = self._select(task, x, 0, k)
+        return State(x, runs, None, known, opening=Info(0, None, scores, 0, {"chosen": chosen}))
 
     def step(self, task: Task, state: State, jump: tuple[int, int]) -> tuple[State, Info]:
         level, target = jump

@@ -117,7 +117,9 @@ class Task:
         """Generators [B] of a candidate's initial latents."""
         return initial_generators(self.streams, candidate)
 
-    def noise(self, rows: Tensor, shape: Sequence[int], level: int, candidates: Sequence[int], child: int = 0) -> Tensor:
+    def noise(
+        self, rows: Tensor, shape: Sequence[int], level: int, candidates: Sequence[int], child: int = 0
+    ) -> Tensor:
         """Noise [R, ...] of the steps of candidates [R] that leave a level."""
         return step_noise(self.streams, rows, [(c,) for c in candidates], level, shape, child)
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from rsm_guidance.core.transitions import SchedulerSteps, Transition
 from rsm_guidance.rollouts.collect import trajectories
-from rsm_guidance.samplers.kernel import Info, Result, Solution, Sampler
+from rsm_guidance.samplers.kernel import Info, Result, Sampler, Solution
 from rsm_guidance.samplers.task import Task
 
 

@@ -58,7 +58,7 @@ class SmoothedValue(EstimatedValue):
         width = config.spread * sigma / math.hypot(alpha, sigma)
         points = [mean]
         for i in range(1, config.samples):
-            names = {r: (Purpose.SMOOTH, level, i) for r in rows.unique().tolist()}
+            names = dict.fromkeys(rows.unique().tolist(), (Purpose.SMOOTH, level, i))
             offsets = {r: self.streams.normal(r, mean.shape[1:], *name) for r, name in names.items()}
             points.append(mean + width * torch.stack([offsets[r] for r in rows.tolist()]).to(mean))
         scores = self._score(torch.cat(points), level, rows.repeat(config.samples)).view(config.samples, len(mean))

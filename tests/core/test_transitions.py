@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rsm_guidance.oracles.mixture import GaussianMixture, GaussianMixtureDenoiser
 from rsm_guidance.core.schedule import NoiseSchedule, Prediction
 from rsm_guidance.core.transitions import Gaussian, Transition, cps, ddim, flow_sde, glass, ode
+from rsm_guidance.oracles.mixture import GaussianMixture, GaussianMixtureDenoiser
 
 FLOAT32 = {"rtol": 2e-6, "atol": 2e-6}
 

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rsm_guidance.core.contracts import Denoiser, Reward
+from rsm_guidance.core.schedule import NoiseSchedule
+from rsm_guidance.core.transitions import Transition
 from rsm_guidance.oracles.mixture import (
     GaussianMixture,
     GaussianMixtureDenoiser,
@@ -20,8 +22,6 @@ from rsm_guidance.oracles.mixture import (
     tilt_divergence,
     value,
 )
-from rsm_guidance.core.schedule import NoiseSchedule
-from rsm_guidance.core.transitions import Transition
 
 
 def quoted(number: float, digits: int) -> object:

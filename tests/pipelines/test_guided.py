@@ -45,7 +45,7 @@ print(json.dumps([type(pipe).__name__, out.images[0].size, out.rewards, out.ledg
     name, size, rewards, evaluations, levels = json.loads(done.stdout.splitlines()[-1])
     assert name == "RewardGuidedStableDiffusion3Pipeline"
     assert size == [64, 64] and np.isfinite(rewards).all() and levels == 3
-    assert evaluations == pytest.approx(4 * 2 + (3 * 2 + 1) * rg.load_judge("shapes-drm").depth_share)  # type: ignore[union-attr]
+    assert evaluations == pytest.approx(4 * 2 + (3 * 2 + 1) * rg.resolve_reward("shapes-drm").depth_share)  # type: ignore[union-attr]
     assert "Expected types" not in done.stderr
 
 

@@ -76,13 +76,13 @@ def test_composites_guide_and_carry_gradients(guided: DiffusionPipeline) -> None
 
 
 def test_texts_with_weights_are_composites_of_known_rewards(drm: rg.DiffusionRewardModel) -> None:
-    judge: Any = rg.load_judge("shapes-verifier + 0.25 * shapes-drm")
+    judge: Any = rg.resolve_reward("shapes-verifier + 0.25 * shapes-drm")
     images, prompts = torch.rand(2, 3, 64, 64), ["a red star", "a blue circle"]
-    expected = rg.load_judge("shapes-verifier")(images, prompts) + 0.25 * drm.score_images(images, prompts)
+    expected = rg.resolve_reward("shapes-verifier")(images, prompts) + 0.25 * drm.score_images(images, prompts)
     assert torch.allclose(judge(images, prompts).double(), expected.double(), atol=1e-4)
     for text, words in (("much * shapes-drm", "no number"), ("shapes-drm + nobody", "unknown reward 'nobody'")):
         with pytest.raises(ValueError, match=words):
-            rg.load_judge(text)
+            rg.resolve_reward(text)
 
 
 @pytest.mark.parametrize(

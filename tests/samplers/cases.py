@@ -39,7 +39,9 @@ class OpenTask(Task):
         self.inner = self.denoiser.inner  # from now on
 
 
-def problem(case: str, schedule: NoiseSchedule, count: int, exact: bool = True, seed: int = 0, **caps: float) -> OpenTask:
+def problem(
+    case: str, schedule: NoiseSchedule, count: int, exact: bool = True, seed: int = 0, **caps: float
+) -> OpenTask:
     """The values are a model's, which costs half an evaluation, or Tweedie's estimate."""
     prompts = [f"point {i}" for i in range(count)]
     mixture, reward = CASES[case]

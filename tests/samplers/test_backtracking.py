@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import rsm_guidance as rg
-from rsm_guidance.samplers.run import run
 from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.core.transitions import Transition
 from rsm_guidance.samplers import Unguided
 from rsm_guidance.samplers.backtracking import Backtracking
+from rsm_guidance.samplers.run import run
 from tests.samplers.cases import ANCESTRAL, SHORT, ConstantValue, problem
 
 ODE = Transition("ode")
@@ -125,11 +125,11 @@ def test_through_the_pipeline(guided: Any, drm: rg.DiffusionRewardModel) -> None
 def test_bad_input() -> None:
     for options, words in (
         ({"attempts": -1}, "attempts must be at least 0"),
-        ({"checks": 0}, "checks at least 1"),
+        ({"checks": 0}, "checks must be at least 1"),
         ({"back": 0.0}, r"in \(0, 1\]"),
         ({"quantile": 1.5}, "quantile must be in"),
         ({"threshold": float("nan")}, "threshold must be finite"),
-        ({"transition": Transition("scheduler")}, "cannot be stopped at single levels"),
+        ({"transition": Transition("scheduler")}, "it is stopped at single levels"),
     ):
         with pytest.raises(ValueError, match=words):
             Backtracking(**options)  # type: ignore[arg-type]

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 import rsm_guidance as rg
-from rsm_guidance.samplers.run import run
 from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.core.schedule import Prediction
-from rsm_guidance.core.transitions import Gaussian, Transition
+from rsm_guidance.core.transitions import Transition
 from rsm_guidance.samplers import Unguided
-from rsm_guidance.samplers.demon import Demon
+from rsm_guidance.samplers.demon import Demon, combine
+from rsm_guidance.samplers.run import run
 from tests.samplers.cases import ANCESTRAL, SHORT, ConstantValue, problem
 
 CPS = Transition("cps", 0.9)
@@ -54,16 +54,14 @@ def test_a_constant_reward_and_one_noise_are_the_unguided_run(transition: Transi
 
 def test_the_noise_is_the_weighted_sum_at_the_length_of_a_noise() -> None:
     task = problem("ring", SHORT, 3)
-    gaussian = Gaussian(torch.ones(3, 2, dtype=torch.float64), 0.5)
     weights = torch.tensor([[1.0, -1.0, 0.5], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
-    first = torch.full((3, 2), 9.0, dtype=torch.float64)
-    noise = (Demon(3)._combine(task, gaussian, 4, weights, first) - 1) / 0.5
+    noise = combine(torch.stack([task.noise(task.rows, (2,), 4, [0] * 3, k) for k in range(3)], 1), weights)
     drawn = [task.streams.normal(0, (2,), "step", 0, 4, k).double() for k in range(3)]
     expected = drawn[0] - drawn[1] + 0.5 * drawn[2]
     assert torch.allclose(noise[0], expected / expected.norm() * 2**0.5, atol=1e-6)
     alone = task.streams.normal(1, (2,), "step", 0, 4, 1).double()
     assert torch.allclose(noise[1], alone / alone.norm() * 2**0.5, atol=1e-6)
-    assert torch.equal(noise[2] * 0.5 + 1, first[2]), "without weights the first noise stays"
+    assert bool(noise[2].isnan().all()), "without weights there is no noise: the step takes its first one"
 
 
 def test_the_rewards_unit_and_origin_do_not_matter_and_the_trace_says_all() -> None:
@@ -75,7 +73,7 @@ def test_the_rewards_unit_and_origin_do_not_matter_and_the_trace_says_all() -> N
         assert scores.shape == weights.shape == (5, 4)
         assert scores.argmax(1).tolist() == entry["chosen"] and weights.abs().max() < 1
     task = problem("ring", SHORT, 5)
-    task.value = Affine(task.value, 1e3, 64.0)
+    task.value = Affine(task.value.inner, 1e3, 64.0)
     assert torch.allclose(run(Demon(4), task).latents, output.latents, atol=1e-6)
 
 
@@ -85,7 +83,7 @@ def test_prompts_are_independent() -> None:
         task = problem("ring", SHORT, 5)
         task.denoiser.prompts[:] = [f"point {row}"]
         task.streams = RandomStreams.for_prompts(0, [f"point {row}"])
-        assert torch.equal(run(Demon(4), task).latents[0], together[row])
+        assert torch.allclose(run(Demon(4), task).latents[0], together[row], rtol=0, atol=1e-12)
 
 
 def test_the_window_bounds_what_is_judged() -> None:
@@ -94,11 +92,11 @@ def test_the_window_bounds_what_is_judged() -> None:
     assert output.ledger.value_evaluations == 2 * 4 * len(output.trace["levels"])
 
 
-@pytest.mark.parametrize("cap", [8.0, 11.0, 19.3])
-def test_budget_is_a_hard_cap(cap: float) -> None:
+@pytest.mark.parametrize(("cap", "size", "levels"), [(8.0, 0, 0), (11.0, 2, 3), (19.3, 3, 7)])
+def test_budget_is_a_hard_cap_that_lowers_candidates_and_then_guided_levels(cap: float, size: int, levels: int) -> None:
     output = run(Demon(4), problem("ring", SHORT, 3, evaluations=cap))
     assert output.ledger.evaluations <= 3 * cap and output.ledger.stopped == "budget"
-    assert len(output.trace["levels"]) == int((cap - 8) / 2)
+    assert [len(entry["scores"][0]) for entry in output.trace["levels"]] == [size] * levels
 
 
 def test_an_interrupted_run_returns_its_estimate() -> None:
@@ -128,7 +126,7 @@ def test_bad_input() -> None:
         ({"weights": "linear"}, "weights must be"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"window": (0.5, 0.2)}, "window must be"),
-        ({"transition": Transition("ode")}, "has no noise to combine"),
+        ({"transition": Transition("ode")}, "there must be noise to combine"),
     ):
         with pytest.raises(ValueError, match=words):
             Demon(**options)  # type: ignore[arg-type]

@@ -1,18 +1,19 @@
 """The funnel: its population, its cost, best-of-N as its end, and that it climbs."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from rsm_guidance.samplers.run import run
 from rsm_guidance.core.transitions import Transition
 from rsm_guidance.samplers import BestOfN, Funnel, Unguided
+from rsm_guidance.samplers.run import run
 from tests.samplers.cases import ANCESTRAL, SHORT, ConstantValue, problem
 
 
 def test_the_population_shrinks_from_all_to_the_survivors() -> None:
-    alive = Funnel(16, 2, 0.25).population(8, 16)
+    alive = Funnel(16, 2, 0.25).population(8)
     assert alive[:3] == [16, 16, 16] and alive[-1] == 2
     assert alive == sorted(alive, reverse=True) and len(alive) == 9
 
@@ -20,12 +21,15 @@ def test_the_population_shrinks_from_all_to_the_survivors() -> None:
 @pytest.mark.parametrize("sampler", [Funnel(8, 2, 0.0, ANCESTRAL), Funnel(6, 1, 0.3, Transition("glass", inner=2))])
 def test_it_costs_what_it_says_and_beats_unguided(sampler: Funnel) -> None:
     task = problem("ring", SHORT, 60)
-    expected, calls = sampler.cost(task, sampler.candidates)
     output = run(sampler, task)
     assert output.rewards is not None
-    if sampler.survivors == 1:
-        calls += 1  # the survivor, judged for the output
+    expected, alive, kept = 0.0, sampler.candidates, sampler.population(SHORT.steps)
+    for level, target in sampler.transition.jumps(SHORT):
+        expected += alive * (target - level)
+        if kept[target] < alive and target < SHORT.steps:
+            expected, alive = expected + 0.5 * alive, kept[target]
     assert output.ledger.evaluations == pytest.approx(60 * expected)
+    assert output.ledger.reward_calls == 60 * alive
     plain = run(Unguided(sampler.transition), problem("ring", SHORT, 60)).rewards
     assert plain is not None and output.rewards.mean() > plain.mean() + 2
 
@@ -48,7 +52,7 @@ def test_rows_are_independent() -> None:
 
 def test_budget_interruption_and_bad_input() -> None:
     sampler = Funnel(8, 2, transition=ANCESTRAL)
-    cap = sampler.cost(problem("ring", SHORT, 1), 5)[0] + 0.1
+    cap = run(replace(sampler, candidates=5), problem("ring", SHORT, 1)).ledger.evaluations + 0.1
     output = run(sampler, problem("ring", SHORT, 3, evaluations=cap))
     assert output.ledger.stopped == "budget" and 3 * (cap - 4) < output.ledger.evaluations <= 3 * cap
 

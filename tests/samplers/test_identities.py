@@ -193,4 +193,4 @@ def test_rewards_that_are_not_numbers_end_every_sampler_with_their_name(guided: 
 @pytest.mark.parametrize("name", ["smc", "reward-gradient"])
 def test_rewards_without_gradients_are_refused_where_one_is_needed(guided: DiffusionPipeline, name: str) -> None:
     with pytest.raises(ValueError, match="not differentiable"):
-        images(guided, PROMPTS[:1], seed=0, sampler=name, reward=rg.load_judge("shapes-verifier"))
+        images(guided, PROMPTS[:1], seed=0, sampler=name, reward=rg.resolve_reward("shapes-verifier"))

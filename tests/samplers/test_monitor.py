@@ -7,41 +7,40 @@ import torch
 from diffusers import DiffusionPipeline
 
 import rsm_guidance as rg
-from rsm_guidance.samplers.run import run
 from rsm_guidance.samplers import BestOfN, Monitor, Watch
-from tests.samplers.cases import ANCESTRAL, SHORT, problem
+from rsm_guidance.samplers.run import run
+from tests.samplers.cases import ANCESTRAL, CASES, SHORT, problem
 
 
 def test_it_follows_the_best_by_the_guide_and_stops_when_all_rows_have_parted() -> None:
-    watch = Watch(Monitor(lambda images, prompts: images, patience=2), 2)
+    watch = Watch(Monitor(lambda images, prompts: images, patience=2), ["a", "b"])
     rows = torch.tensor([0, 1])
-    for guide, seen, misses in (
+    for proxy, gold, bad_rounds in (
         ([1.0, 1.0], [5.0, 5.0], [0, 0]),
         ([2.0, 0.5], [4.0, 9.0], [1, 0]),  # row 0 rises without the monitor; row 1 does not rise at all
         ([3.0, 2.0], [4.0, 4.0], [2, 1]),
         ([2.0, 3.0], [9.0, 3.0], [2, 2]),
     ):
-        assert not watch.parted
-        watch.see(torch.tensor(seen), ["a", "b"], rows, torch.tensor(guide))
-        assert watch.misses.tolist() == misses
-    assert watch.parted and watch.guide.tolist() == [3, 3] and watch.verdict.tolist() == [4, 3]
+        assert not watch.stopped
+        watch.see(torch.tensor(gold), rows, torch.tensor(proxy))
+        assert watch.bad_rounds.tolist() == bad_rounds
+    assert watch.stopped and watch.proxy.tolist() == [3, 3] and watch.gold.tolist() == [4, 3]
     assert watch.history[1] == {"guide": [2, 1], "monitor": [4, 5]}
 
 
 def test_a_run_that_over_optimises_is_stopped_and_returns_its_best() -> None:
     """The monitor is the guide turned around: every rise is a miss."""
     task = problem("ring", SHORT, 6)
-    guide = task.reward
-    task.watch = Watch(Monitor(lambda x, p: -guide(x, p), patience=1), 6)  # type: ignore[misc]
+    proxy, prompts = CASES["ring"][1], task.denoiser.prompts
+    task.watch = Watch(Monitor(lambda x, p: -proxy(x, p), patience=1), prompts)
     output = run(BestOfN(400, ANCESTRAL, batch_rows=6), task)
     assert output.ledger.stopped == "over-optimised"
     tried = len(output.trace["candidates"]["rewards"][0])
     assert 2 <= tried < 400 and output.rewards is not None
-    assert output.rewards.tolist() == pytest.approx(task.watch.guide.tolist())
+    assert output.rewards.tolist() == pytest.approx(task.watch.proxy.tolist())
     assert len(output.trace["monitor"]["history"]) == tried
     free = problem("ring", SHORT, 6)
-    assert guide is not None
-    free.watch = Watch(Monitor(guide, patience=1), 6)
+    free.watch = Watch(Monitor(proxy, patience=1), prompts)
     assert run(BestOfN(8, ANCESTRAL), free).ledger.stopped is None, "a monitor that agrees never stops"
 
 

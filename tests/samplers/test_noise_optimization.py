@@ -11,7 +11,6 @@ from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from torch import Tensor
 
 import rsm_guidance as rg
-from rsm_guidance.samplers.run import run
 from rsm_guidance.core.ledger import Ledger
 from rsm_guidance.core.noise_prior import improbability
 from rsm_guidance.core.random import RandomStreams
@@ -19,7 +18,8 @@ from rsm_guidance.core.transitions import Transition
 from rsm_guidance.engine import PipelineDenoiser
 from rsm_guidance.samplers import Task, Unguided
 from rsm_guidance.samplers.noise_optimization import Climb, NoiseOptimization
-from tests.samplers.cases import ANCESTRAL, SHORT, exhausted, problem
+from rsm_guidance.samplers.run import run
+from tests.samplers.cases import ANCESTRAL, CASES, SHORT, exhausted, problem
 
 ODE = Transition("ode")
 VARIANTS = [
@@ -67,7 +67,7 @@ def test_the_gradient_of_a_whole_run_is_exact_and_checkpointing_does_not_change_
         def run(shift: float, place: int = place) -> Tensor:
             climb = Climb(NoiseOptimization(**options), problem("linear", SHORT, 3))
             climb.noises[place] = climb.noises[place] + shift
-            climb.evaluate(False)
+            exhausted(climb.evaluate(False))
             return climb.history[0]
 
         slope = (run(1e-3) - run(-1e-3)) / 2e-3
@@ -96,7 +96,7 @@ def test_checkpointing_through_the_pipeline_gives_the_same_gradients(
         for h in (0.005, -0.005):
             climb = Climb(NoiseOptimization(what=what, transition=transition), task)  # type: ignore[arg-type]
             climb.noises[0] = climb.noises[0] + h * u
-            climb.evaluate(False)
+            exhausted(climb.evaluate(False))
             rewards.append(climb.history[0])
     slope = (rewards[0] - rewards[1]) / 0.01
     assert torch.allclose(slope, (results[0][0] * u).flatten(1).sum(1).double(), rtol=0.1, atol=1e-4)
@@ -158,8 +158,8 @@ def test_prompts_are_independent_and_the_rewards_unit_does_not_matter(options: d
         task.streams = RandomStreams.for_prompts(0, [f"point {row}"])
         assert torch.allclose(run(sampler, task).latents[0], together[row], atol=1e-6)
     task = problem("ring", SHORT, 5)
-    inner = task.reward
-    task.reward = lambda x, p: 1e6 * inner(x, p)  # type: ignore[misc]
+    inner = CASES["ring"][1]
+    task.reward = lambda x, p: 1e6 * inner(x, p)
     assert torch.allclose(run(sampler, task).latents, together, atol=1e-4)
 
 
@@ -212,8 +212,8 @@ def test_the_priors_know_noise_when_they_see_it() -> None:
         for sampler in (free, held):
             climb = Climb(sampler, problem("linear", SHORT, 30))
             for i in range(20):
-                climb.evaluate(True)
-                climb.ascend(i)
+                exhausted(climb.evaluate(True))
+                exhausted(climb.ascend(i))
             lengths.append(torch.cat(climb.noises[: climb.free], 1).norm(dim=1).mean())
         assert lengths[1] < lengths[0] - 0.3, "a prior keeps the noises short"
 
@@ -270,10 +270,10 @@ def test_bad_input() -> None:
     for options, words in (
         ({"iterations": -1}, "iterations must be at least 0"),
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
-        ({"momentum": 1.0}, r"momentum in \[0, 1\)"),
+        ({"momentum": 1.0}, r"momentum must be in \[0, 1\)"),
         ({"what": "some"}, "what must be one of initial, all"),
         ({"gradient": "second"}, "gradient must be one of"),
-        ({"transition": Transition("scheduler")}, "no gradient goes back"),
+        ({"transition": Transition("scheduler")}, "the gradient goes back"),
     ):
         with pytest.raises(ValueError, match=words):
             NoiseOptimization(**options)  # type: ignore[arg-type]

@@ -10,13 +10,13 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchHeunDiscreteScheduler, StableDiffusion3Pipeline
 
 import rsm_guidance as rg
-from rsm_guidance.samplers.run import run
 from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.core.schedule import NoiseSchedule
 from rsm_guidance.core.transitions import Transition
 from rsm_guidance.engine import PipelineDenoiser
 from rsm_guidance.samplers import BestOfN, Unguided
 from rsm_guidance.samplers.noise_search import NoiseSearch
+from rsm_guidance.samplers.run import run
 from tests.samplers.cases import ANCESTRAL, SHORT, ConstantValue, problem
 
 ODE = Transition("ode")
@@ -80,7 +80,7 @@ def test_one_branch_is_best_of_n() -> None:
     paths = run(NoiseSearch("paths", 4, 3, branches=1), problem("ring", SHORT, 5))
     assert torch.equal(paths.latents, best.latents)
     assert paths.ledger.denoiser_evaluations == best.ledger.denoiser_evaluations
-    assert paths.trace["sampler"]["transition"]["kind"] == "ode", "the trace says how it stepped"
+    assert paths.trace["sampler"]["transition"] == "ode", "the trace says how it stepped"
 
 
 def test_rounds_climb_and_every_candidate_is_in_the_trace() -> None:
@@ -115,7 +115,7 @@ def test_neighbours_have_the_law_of_a_start_also_where_it_has_a_mean() -> None:
     inner = task.denoiser.initial
     object.__setattr__(task.denoiser, "initial", lambda generators=None: inner(generators) + 3)
     pivot = task.initial(0)
-    near = NoiseSearch(candidates=1, radius=0.6)._start(task, 1, pivot)
+    near = NoiseSearch(candidates=1, radius=0.6).near(task, 1, pivot)
     assert abs(near.mean() - 3) < 0.05 and abs(near.var() - 1) < 0.05
     correlation = ((near - 3) * (pivot - 3)).mean()
     assert abs(correlation - 0.8) < 0.05
@@ -199,9 +199,9 @@ def test_bad_input() -> None:
     for options, words in (
         ({"mode": "first-order"}, "mode must be"),
         ({"candidates": 0}, "candidates must be at least 1"),
-        ({"back": 0.0}, r"back must be in \(0, 1\]"),
-        ({"radius": 0.0}, r"radius must be in \(0, 1\]"),
-        ({"start": 1.5}, r"start must be in \(0, 1\]"),
+        ({"back": 0.0}, r"back is a share in \(0, 1\]"),
+        ({"radius": 0.0}, r"radius is a share in \(0, 1\]"),
+        ({"start": 1.5}, r"start is a share in \(0, 1\]"),
         ({"mode": "paths", "transition": Transition("glass", inner=2)}, "branch between single levels"),
     ):
         with pytest.raises(ValueError, match=words):

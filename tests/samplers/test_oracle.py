@@ -2,16 +2,15 @@
 
 import pytest
 import torch
-from torch import Tensor
 
-from rsm_guidance.samplers.run import run
 from rsm_guidance.core.ledger import Budget, Ledger
-from rsm_guidance.oracles.cases import MixtureValue
-from rsm_guidance.oracles.mixture import GaussianMixture, GaussianMixtureDenoiser, QuadraticReward
 from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.core.schedule import NoiseSchedule
 from rsm_guidance.core.transitions import Transition
+from rsm_guidance.oracles.cases import MixtureValue
+from rsm_guidance.oracles.mixture import GaussianMixture, GaussianMixtureDenoiser, QuadraticReward
 from rsm_guidance.samplers import BestOfN, Sampler, StepwiseSampling, Task, Unguided
+from rsm_guidance.samplers.run import run
 
 MIXTURE = GaussianMixture.from_weights([0.5, 0.5], [[-2.0], [2.0]], 0.25)
 REWARD = QuadraticReward.around(torch.tensor([2.0]), torch.tensor([1.0]))

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 import rsm_guidance as rg
-from rsm_guidance.samplers.run import run
-from rsm_guidance.oracles.mixture import expected_reward, tilt
 from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.core.schedule import NoiseSchedule, Prediction
 from rsm_guidance.core.transitions import Transition
+from rsm_guidance.oracles.mixture import expected_reward, tilt
 from rsm_guidance.samplers import TwistedSMC, Unguided
 from rsm_guidance.samplers.psi import CrankNicolson, PsiSampler
-from tests.samplers.cases import ANCESTRAL, CASES, SHORT, ConstantValue, problem, weighted_reward
+from rsm_guidance.samplers.run import run
+from tests.samplers.cases import ANCESTRAL, CASES, SHORT, ConstantValue, exhausted, problem, weighted_reward
 
 LATE = NoiseSchedule.variance_preserving(8, start=0.3)  # its noisiest level knows something of the data
 CHAIN = CrankNicolson(2, 3, 1)
@@ -46,11 +46,11 @@ def test_the_stationary_law_of_the_chain_is_the_tilted_prior(chain: CrankNicolso
     exact = [float((weights * f(grid[:, 0])).sum()) for f in (lambda x: x, lambda x: x**2, lambda x: (x > 0).double())]
     task = problem("linear", SHORT, 150)
     task.value = Bumpy()
-    x, values, taken = chain.draw(task, 8, temperature)
+    x, values, taken = exhausted(chain.draw(task, 8, temperature))
     assert x.shape == (8 * 150, 1) and values.shape == (150, 8)
-    assert torch.allclose(values, Bumpy()(x, 0, torch.zeros(0)).view(8, 150).T)
+    assert torch.allclose(values, Bumpy()(x, 0, torch.zeros(0)).view(150, 8))
     for f, wanted in zip((lambda x: x, lambda x: x**2, lambda x: (x > 0).double()), exact, strict=True):
-        means = f(x[:, 0]).view(8, 150).mean(0)  # rows are independent, the states of one are not
+        means = f(x[:, 0]).view(150, 8).mean(1)  # rows are independent, the states of one are not
         assert abs(float(means.mean()) - wanted) < 4 * float(means.std()) / math.sqrt(150), f
     assert 0.1 < taken.mean() < 0.999
 
@@ -68,7 +68,7 @@ def test_the_acceptance_ratio_is_that_of_the_written_out_densities() -> None:
 
     prior = torch.distributions.Normal(0.0, scale)
     expected = (prior.log_prob(y) - prior.log_prob(x)).sum(1) + move(y, h, x) - move(x, g, y)
-    assert torch.allclose(chain._correction(x, y, g, h, scale), expected)
+    assert torch.allclose(chain.correction(x, y, g, h, scale), expected)
 
 
 def test_a_gradient_raises_the_share_of_moves_taken_and_a_flat_value_takes_all() -> None:
@@ -78,10 +78,10 @@ def test_a_gradient_raises_the_share_of_moves_taken_and_a_flat_value_takes_all()
 
     task = problem("ring", SHORT, 100)
     task.value = Slope()
-    shares = [CrankNicolson(1, 20, 1, gradient=g).draw(task, 20, 1.0)[2].mean() for g in (False, True)]
+    shares = [exhausted(CrankNicolson(1, 20, 1, gradient=g).draw(task, 20, 1.0))[2].mean() for g in (False, True)]
     assert shares[0] < shares[1]
     task.value = ConstantValue()
-    x, _, taken = CrankNicolson(2, 5, 1).draw(task, 20, 1.0)
+    x, _, taken = exhausted(CrankNicolson(2, 5, 1).draw(task, 20, 1.0))
     assert bool((taken == 1).all()) and abs(float(x.var()) - 1) < 0.06, "noise stays noise"
 
 
@@ -108,7 +108,7 @@ def test_the_chains_potential_is_paid_for() -> None:
             assert inner is not None
             return 2 * x.double()[:, 0] if level == 0 else inner(x, level, rows)
 
-    inner, task.value = task.value, Opinionated()
+    inner, task.value = task.value.inner, Opinionated()
     ode_like = Transition("cps", 0.3)  # the start decides where the sample ends
     mean, error = weighted_reward(run(PsiSampler(64, initial=CrankNicolson(8, 10, 1), transition=ode_like), task))
     plain, _ = weighted_reward(run(PsiSampler(256, initial=None, transition=ode_like), problem("linear", SHORT, 40)))
@@ -189,7 +189,7 @@ def test_bad_input() -> None:
         ({"particles": 0}, "particles must be at least 1"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"threshold": 1.5}, r"in \(0, 1\]"),
-        ({"resampling": "none"}, "resampling is one of"),
+        ({"resampling": "none"}, "resampling must be one of"),
         ({"transition": Transition("ode")}, "copies of a particle have to part"),
     ):
         with pytest.raises(ValueError, match=words):

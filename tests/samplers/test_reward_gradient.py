@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from rsm_guidance.samplers.run import run
-from rsm_guidance.oracles.mixture import tilt
 from rsm_guidance.core.schedule import Prediction
 from rsm_guidance.core.transitions import Transition
+from rsm_guidance.oracles.mixture import tilt
 from rsm_guidance.samplers import RewardGradient, Unguided
 from rsm_guidance.samplers.gradients import value_and_gradient
+from rsm_guidance.samplers.run import run
 from tests.samplers.cases import ANCESTRAL, CASES, SCHEDULES, SHORT, ConstantValue, problem
 
 CPS = Transition("cps", 0.9)
@@ -51,7 +51,7 @@ def test_more_strength_climbs_higher_and_the_rewards_unit_does_not_matter() -> N
     scores = [mean_reward(RewardGradient(strength, transition=ANCESTRAL)) for strength in (0.0, 0.1, 0.4)]
     assert scores[0] < scores[1] < scores[2]
     task = problem("ring", SHORT, 5)
-    inner = task.value
+    inner = task.value.inner
 
     class Scaled(ConstantValue):
         def __call__(self, x: Tensor, level: int, rows: Tensor, prediction: Prediction | None = None) -> Tensor:
@@ -128,7 +128,7 @@ def test_plain_velocity_guidance_with_the_exact_value_is_exact(name: str, kind: 
 
 def test_plain_scale_is_bounded_and_broken_gradients_back_off() -> None:
     task = problem("ring", SHORT, 4)
-    inner = task.value
+    inner = task.value.inner
 
     class Exploding(ConstantValue):
         def __call__(self, x: Tensor, level: int, rows: Tensor, prediction: Prediction | None = None) -> Tensor:
@@ -174,8 +174,9 @@ def test_pushes_follow_their_formulas(push: Any, strength: float) -> None:
     gaussian = ANCESTRAL(prediction, SHORT, level, level + 1)
     g = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
     scale = torch.full((3,), strength, dtype=torch.float64)
-    pushed = RewardGradient(strength, push, transition=ANCESTRAL)._push(task, prediction, g, scale, level, 0, [0])
-    plain = task.step(gaussian, level, [0])
+    noise, jump = task.noise(task.rows, x.shape[1:], level, [0] * 3), (level, level + 1)
+    pushed = RewardGradient(strength, push, transition=ANCESTRAL).pushed(SHORT, prediction, g, scale, jump, noise)
+    plain = gaussian.sample(noise)
     d = g / g.square().mean(1, keepdim=True).sqrt()
     expected = {
         "mean": plain + strength * gaussian.std * d,

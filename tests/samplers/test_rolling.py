@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from rsm_guidance.samplers.run import run
 from rsm_guidance.samplers import RollingSelection, StepwiseSampling, Unguided
+from rsm_guidance.samplers.run import run
 from tests.samplers.cases import ANCESTRAL, SHORT, problem
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rsm_guidance.samplers.run import DeadlinePassed, run
-from rsm_guidance.oracles.mixture import GaussianMixtureDenoiser, QuadraticReward
 from rsm_guidance.core.transitions import Transition
+from rsm_guidance.oracles.mixture import GaussianMixtureDenoiser, QuadraticReward
 from rsm_guidance.samplers import BestOfN, FKSteering, SamplerOutput, Unguided
+from rsm_guidance.samplers.run import DeadlinePassed, run
 from rsm_guidance.samplers.tree.methods import TreeSampling, TreeSearch
 from tests.samplers.tree_cases import BOTH, MIXTURE, RARE, REWARD, SCHEDULE, A, ids, problem, same
 

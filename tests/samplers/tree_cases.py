@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from rsm_guidance.core.ledger import Budget, Ledger
-from rsm_guidance.oracles.mixture import GaussianMixture, GaussianMixtureDenoiser, QuadraticReward
 from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.core.schedule import NoiseSchedule, Prediction
 from rsm_guidance.core.transitions import Transition
+from rsm_guidance.oracles.mixture import GaussianMixture, GaussianMixtureDenoiser, QuadraticReward
 from rsm_guidance.samplers import SamplerOutput, Task
 from rsm_guidance.samplers.tree.methods import TreeSampling, TreeSearch
 from tests.samplers.cases import OpenTask

@@ -11,9 +11,15 @@ from torch import Tensor
 
 import rsm_guidance as rg
 from rsm_guidance.core.ledger import Ledger
-from rsm_guidance.oracles.mixture import GaussianMixture, GaussianMixtureDenoiser, QuadraticReward, expected_reward, value
 from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.core.schedule import NoiseSchedule
+from rsm_guidance.oracles.mixture import (
+    GaussianMixture,
+    GaussianMixtureDenoiser,
+    QuadraticReward,
+    expected_reward,
+    value,
+)
 from rsm_guidance.samplers import FKSteering, RewardGradient
 from rsm_guidance.values import EstimatedValue, Lookahead, Smoothed, Tweedie
 from tests.zoo import ZOO

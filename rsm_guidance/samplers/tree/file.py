@@ -39,9 +39,7 @@ class TreeFile:
         self._size = [0] * task.count
         self._saved = time.monotonic()
         if not path.exists() and not os.access(path.parent, os.W_OK):
-            raise ValueError(
-                f"the tree file {path} cannot be written: its folder is missing or not yours to write in"
-            )
+            raise ValueError(f"the tree file {path} cannot be written: its folder is missing or not yours to write in")
 
     def save(self, forest: Forest, at_once: bool = True) -> None:
         """Write the trees if they have grown, and, but for `at_once`, half a minute has passed."""

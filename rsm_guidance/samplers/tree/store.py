@@ -14,7 +14,6 @@ from rsm_guidance.io.files import write_tensors
 from rsm_guidance.samplers.tree.selection import Widening
 from rsm_guidance.samplers.tree.tree import Tree
 
-
 _HEADER = "rsm-guidance tree"
 
 

@@ -31,7 +31,7 @@ class RenderedScenes(Dataset[Tensor]):
     def __getitem__(self, number: int) -> Tensor:
         rng = random.Random(f"{self.name}|{number}")
         image = render_spec(random_caption(rng.choice(CATEGORIES), rng).spec, rng)
-        return torch.from_numpy(image).permute(2, 0, 1).float() / 127.5 - 1
+        return torch.tensor(image).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def build_vae() -> AutoencoderKL:

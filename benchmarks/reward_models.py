@@ -9,8 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import tyro
-
+from benchmarks import script
 from rsm_guidance.io.files import require_writable, write_json
 from rsm_guidance.shapes.training.reward import RewardTrainConfig, train_reward
 
@@ -62,4 +61,4 @@ def reward_models_table(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    print(reward_models_table(run_reward_models_benchmark(tyro.cli(RewardModelsBenchmark))))  # noqa: T201
+    script(RewardModelsBenchmark, run_reward_models_benchmark, reward_models_table)

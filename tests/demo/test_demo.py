@@ -77,7 +77,7 @@ def test_streams_previews_and_ends_with_both_images_rewards_and_plot(client: Cli
     assert all(np.isfinite(float(r)) for r in column(rows, "reward"))
     assert all("correct" in v for v in column(rows, "verifier"))
     # CFG counts two a step; guiding adds the scores of three candidates at three steps
-    first, second = map(float, column(rows, "denoiser evaluations"))
+    first, second = map(float, column(rows, "NFE"))
     assert 8 <= first < second
 
 

@@ -82,10 +82,17 @@ class Reward(Protocol):
         share: cost of scoring an image in denoiser evaluations; 0 for all but diffusion reward models.
     """
 
-    name: str
-    differentiable: bool | None
-    requires: tuple[str, ...]
-    share: float
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def differentiable(self) -> bool | None: ...
+
+    @property
+    def requires(self) -> tuple[str, ...]: ...
+
+    @property
+    def share(self) -> float: ...
 
     def __call__(self, images: Tensor, prompts: list[str], **columns: list[Any]) -> Tensor:
         """Scores [B], higher is better, of images [B, 3, H, W] in [0, 1] under B prompts; columns have B entries each."""
@@ -123,6 +130,6 @@ class Value(Protocol):
 class ValueSource(Protocol):
     """What makes a value for a run: an estimator (`values.Tweedie`) or a diffusion reward model."""
 
-    def value(self, denoiser: Any, reward: Reward | None, streams: RandomStreams) -> Value:
-        """The value of latents of `denoiser`, for estimators of what `reward` will say."""
+    def value(self, denoiser: Any, reward: Any, streams: RandomStreams) -> Value:
+        """The value of latents of `denoiser`; estimators score what they estimate by `reward`, a `rewards.RowReward`."""
         ...

@@ -213,6 +213,11 @@ def table(values: Tensor, k: int) -> Tensor:
     return values.view(-1, k)
 
 
+def grouped(x: Tensor, k: int) -> Tensor:
+    """A population [B * K, ...] as [B, K, ...]."""
+    return x.view(-1, k, *x.shape[1:])
+
+
 def pick(x: Tensor, index: Tensor, k: int) -> Tensor:
     """Candidates index [B, M] (or [B]) of a population [B * K, ...], as [B * M, ...]."""
     return x[places(index, k)]

@@ -24,7 +24,7 @@ from rsm_guidance.core.rows import per_row
 from rsm_guidance.core.schedule import Prediction
 from rsm_guidance.core.transitions import CPS, ODE, GaussianTransition, require_gaussian
 from rsm_guidance.samplers import kernel
-from rsm_guidance.samplers.kernel import Info, Result, Sampler, Solution, first_of, table
+from rsm_guidance.samplers.kernel import Info, Result, Sampler, Solution, first_of, grouped, table
 from rsm_guidance.samplers.task import Task
 
 _EXACT = ODE()
@@ -99,7 +99,7 @@ class Lidar(Sampler):
             yield Info(level, first_of(prediction.x0, k), silent=True)
         rewards = task.final_scores(x, rows)
         assert rewards is not None
-        return x.unflatten(0, (task.count, k)), table(rewards, k)
+        return grouped(x, k), table(rewards, k)
 
     def guided(self, p: Prediction, samples: Tensor, weights: Tensor, alpha: float, sigma: float) -> Prediction:
         """The prediction [B, ...] moved towards good samples [B, K, ...] with log-weights [B, K]."""

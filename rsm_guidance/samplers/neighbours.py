@@ -16,7 +16,8 @@ def neighbours(task: Task, x: Tensor, share: float, *name: Name) -> Tensor:
     """
     root = math.sqrt(max((1 - share) * (1 + 3 * share), 0.0))
     streams, rows = task.streams, range(task.count)
-    first, second = (
+    first, second = (  # two draws of the pipeline's own
         task.denoiser.initial([streams.generator(r, *name, which) for r in rows]) for which in ("first", "second")
     )
-    return share * x + (1 - share + root) / 2 * first + (1 - share - root) / 2 * second
+    mixed: Tensor = share * x + (1 - share + root) / 2 * first + (1 - share - root) / 2 * second
+    return mixed

@@ -28,7 +28,7 @@ from rsm_guidance.rollouts.collect import interleave, trajectories, walk
 from rsm_guidance.rollouts.record import Label
 from rsm_guidance.samplers import kernel
 from rsm_guidance.samplers.best_of_n import BestOfN, Winners
-from rsm_guidance.samplers.kernel import Info, Result, Sampler, Solution, first_of, pick, table
+from rsm_guidance.samplers.kernel import Info, Result, Sampler, Solution, first_of, grouped, pick, table
 from rsm_guidance.samplers.neighbours import neighbours
 from rsm_guidance.samplers.task import Task
 
@@ -144,7 +144,7 @@ class NoiseSearch(Sampler):
                 begin = max(0, level - max(1, round(self.back * task.steps)))
                 again = self._back(task, x, level, begin, round_)
                 again, _ = yield from self._onward(task, again, begin, level, labels[n:])
-                x = torch.cat([x.unflatten(0, (-1, n)), again.unflatten(0, (task.count, -1))], 1).flatten(0, 1)
+                x = torch.cat([grouped(x, n), grouped(again, n * (m - 1))], 1).flatten(0, 1)
             x, x0 = yield from self._onward(task, x, level, target, labels)
             if target < task.steps and m > 1:
                 k = len(labels)

@@ -5,7 +5,7 @@ from typing import Any
 import yaml
 
 from rsm_guidance.core.errors import UsageError
-from rsm_guidance.io.config import check_options
+from rsm_guidance.io.config import check_options, read_yaml
 from rsm_guidance.samplers.backtracking import Backtracking
 from rsm_guidance.samplers.best_of_n import BestOfN
 from rsm_guidance.samplers.demon import Demon
@@ -76,7 +76,7 @@ def parse_sampler(text: str, **options: Any) -> Sampler:
         if not equals:
             raise UsageError(f"{setting!r} in {text!r} sets nothing; write field=value")
         try:
-            options[field.strip()] = yaml.safe_load(value)
+            options[field.strip()] = read_yaml(value)
         except yaml.YAMLError as error:
             raise UsageError(f"cannot read {value!r} in {text!r}") from error
     return make_sampler(name.strip(), **options)

@@ -247,7 +247,7 @@ def _smallest(sampler: Sampler) -> Sampler:
         return sampler
     for size in range(sampler.least, getattr(sampler, name) + 1):
         try:
-            small: Any = replace(sampler, **{name: size})  # type: ignore[type-var]
+            small: Sampler = replace(sampler, **{name: size})  # type: ignore[type-var]
         except ValueError:
             continue
         return small

@@ -34,7 +34,7 @@ from rsm_guidance.core.transitions import CPS, GaussianTransition, require_gauss
 from rsm_guidance.rollouts.collect import interleave
 from rsm_guidance.samplers import kernel, population
 from rsm_guidance.samplers.gradients import value_and_gradient
-from rsm_guidance.samplers.kernel import Info, Sampler, Solution, first_of, table
+from rsm_guidance.samplers.kernel import Info, Sampler, Solution, first_of, grouped, table
 from rsm_guidance.samplers.neighbours import neighbours
 from rsm_guidance.samplers.smc import TwistedSMC
 from rsm_guidance.samplers.task import Task
@@ -85,7 +85,7 @@ class CrankNicolson:
         taken = torch.zeros(len(x), dtype=torch.float64)
         for move in range(self.moves(count)):
             yield Info(0, None if x0 is None else first_of(x0, c), silent=True)
-            chains = x.unflatten(0, (task.count, c))
+            chains = grouped(x, c)
             fresh = [neighbours(task, chains[:, i], self.rho, Purpose.MOVE, i, move) for i in range(c)]
             proposal = interleave(fresh) + (self._push(scale) * slope).to(x)
             there, slope_there, _ = self._value(task, proposal, temperature)
@@ -98,7 +98,7 @@ class CrankNicolson:
             x, slope = rows_where(accept, proposal, x), rows_where(accept, slope_there, slope)
             values = torch.where(accept, there, values)
             if move >= self.burn_in and (move + 1 - self.burn_in) % self.thin == 0:
-                kept.append((x.unflatten(0, (task.count, c)), table(values, c)))
+                kept.append((grouped(x, c), table(values, c)))
         latents = torch.cat([states for states, _ in kept], 1)[:, :count]
         share = table(taken, c).mean(1) / self.moves(count)
         return latents.flatten(0, 1), torch.cat([v for _, v in kept], 1)[:, :count], share
@@ -193,5 +193,6 @@ class PsiSampler(Sampler):
             state, info = smc.step(task, state, jump)
             yield info
         result = smc.finish(task, state)
-        unknown = {} if self.initial is None else {"log_normalizer": None}
-        return replace(result, sections=result.sections | sections, **unknown)
+        if self.initial is not None:  # the normaliser of q(x_T) is unknown
+            result = replace(result, log_normalizer=None)
+        return replace(result, sections=result.sections | sections)

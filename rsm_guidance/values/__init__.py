@@ -36,7 +36,8 @@ def resolve_value(spec: object, pipe: Any = None) -> ValueSource:
     if hasattr(spec, "value"):
         return spec
     reward: Any = resolve_reward(spec, pipe)
-    return reward if hasattr(reward, "value") else TweedieOf(reward)
+    source: ValueSource = reward if hasattr(reward, "value") else TweedieOf(reward)
+    return source
 
 
 __all__ = [

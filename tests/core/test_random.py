@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rsm_guidance.core.random import RandomStreams, derive_seed
+from rsm_guidance.core.random import RandomStreams, derive_seed, generator_of
 
 PROMPTS = ["a red circle", "a blue square", "", "a red circle", "ein grüner Kreis", "a red circle"]
 
@@ -25,7 +25,9 @@ def test_same_name_same_numbers() -> None:
 
 def test_names_are_the_same_on_every_machine() -> None:
     """Fixed numbers: a change here changes every published result."""
-    assert derive_seed(0, "a red circle", 0, "noise") == 8352486538906060876
+    assert derive_seed(0, "a red circle", 0, "noise") == 1140095999733085339
+    drawn = torch.randn(3, generator=generator_of(0, "a red circle", 0, "noise"))
+    assert drawn.tolist() == pytest.approx([0.4763, -0.3095, -1.7052], abs=1e-4)
 
 
 @settings(max_examples=30, deadline=None)
@@ -111,3 +113,21 @@ def test_numbers_across_streams_are_independent_and_distributed_as_said() -> Non
     assert 0 <= float(u[0]) and float(u[-1]) < 1
     distance = (u - (torch.arange(n, dtype=torch.float64) + 0.5) / n).abs().max()
     assert float(distance) < 1.95 / n**0.5  # Kolmogorov-Smirnov at 0.1 %
+
+
+def test_the_state_of_a_stream_is_wholly_its_names() -> None:
+    """`manual_seed` uses 32 bits, so that seeds equal in these give one stream; ours differ, and nowhere share a word."""
+    a, b = (torch.Generator().manual_seed(seed) for seed in (5, 5 + 2**32))
+    assert torch.equal(torch.randn(4, generator=a), torch.randn(4, generator=b)), "torch's own seeds do collide"
+    states = torch.stack([generator_of(seed, "a").get_state() for seed in (5, 5 + 2**32, 6)])
+    words = states[:, 24 : 24 + 8 * 624].contiguous().view(torch.int64)
+    assert words.min() >= 0 and words.max() < 2**32 and len(set(words.flatten().tolist())) > 3 * 624 - 5
+    assert all(int(word) > 2**16 for word in words.double().mean(1)), "the words fill their 32 bits"
+
+
+def test_streams_are_standard_normal_and_independent_of_each_other() -> None:
+    drawn = torch.stack([torch.randn(200, generator=generator_of("stream", i)) for i in range(400)]).double()
+    assert abs(float(drawn.mean())) < 4 / 80_000**0.5 and abs(float(drawn.var()) - 1) < 4 * (2 / 80_000) ** 0.5
+    first = drawn[:, :50]
+    correlation = torch.corrcoef(first.T) - torch.eye(50)
+    assert float(correlation.abs().max()) < 5.2 / 400**0.5, "what streams draw first is not alike"

@@ -11,7 +11,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rsm_guidance.core.schedule import NoiseSchedule, Prediction
-from rsm_guidance.core.transitions import Gaussian, Transition, cps, ddim, flow_sde, glass, ode
+from rsm_guidance.core.transitions import (
+    CPS,
+    DDIM,
+    GLASS,
+    ODE,
+    FlowSDE,
+    Gaussian,
+    GaussianTransition,
+    Transition,
+    parse_transition,
+    require_gaussian,
+)
 from rsm_guidance.oracles.mixture import GaussianMixture, GaussianMixtureDenoiser
 
 FLOAT32 = {"rtol": 2e-6, "atol": 2e-6}
@@ -37,7 +48,7 @@ def pair(seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 @settings(max_examples=80, deadline=None)
-@given(schedules(), st.data(), st.floats(0, 1), st.sampled_from([ddim, cps]))
+@given(schedules(), st.data(), st.floats(0, 1), st.sampled_from([DDIM, CPS]))
 def test_marginals_are_kept_exactly(schedule: NoiseSchedule, data: st.DataObject, eta: float, step) -> None:
     """With the true x0 and eps, the next state is alpha' x0 + N(0, sigma'^2): mean alpha', kept^2 + std^2 = sigma'^2."""
     level = data.draw(st.integers(0, schedule.steps - 1))
@@ -56,12 +67,12 @@ def test_marginals_are_kept_exactly(schedule: NoiseSchedule, data: st.DataObject
 
 
 @settings(max_examples=40, deadline=None)
-@given(schedules(), st.data(), st.sampled_from([ddim, cps]))
+@given(schedules(), st.data(), st.sampled_from([DDIM, CPS]))
 def test_no_noise_is_ode(schedule: NoiseSchedule, data: st.DataObject, step) -> None:
     level = data.draw(st.integers(0, schedule.steps - 1))
     target = data.draw(st.integers(level + 1, schedule.steps))
     p = truth(schedule, level, *pair())
-    plain, none = ode(p, schedule, level, target), step(p, schedule, level, target, 0.0)
+    plain, none = ODE()(p, schedule, level, target), step(0.0)(p, schedule, level, target)
     assert plain.std == none.std == 0
     torch.testing.assert_close(none.mean, plain.mean, **FLOAT32)
     torch.testing.assert_close(plain.mean, schedule.add_noise(p.x0, p.eps, target), **FLOAT32)
@@ -71,9 +82,9 @@ def test_flow_sde_without_noise_is_ode() -> None:
     schedule = NoiseSchedule.flow(5, 3.0)
     for level in range(5):
         p = truth(schedule, level, *pair())
-        step = flow_sde(p, schedule, level, level + 1, 0.0)
+        step = FlowSDE(0.0)(p, schedule, level, level + 1)
         assert step.std == 0
-        torch.testing.assert_close(step.mean, ode(p, schedule, level, level + 1).mean, **FLOAT32)
+        torch.testing.assert_close(step.mean, ODE()(p, schedule, level, level + 1).mean, **FLOAT32)
 
 
 @settings(max_examples=40, deadline=None)
@@ -88,7 +99,7 @@ def test_full_ddim_is_the_ddpm_posterior(steps: int, start: float, data: st.Data
     beta = 1 - alpha
     p = truth(schedule, level, *pair())
     mean = math.sqrt(bar_prev) * beta / (1 - bar) * p.x0 + math.sqrt(alpha) * (1 - bar_prev) / (1 - bar) * p.x
-    step = ddim(p, schedule, level, target, 1.0)
+    step = DDIM(1.0)(p, schedule, level, target)
     torch.testing.assert_close(step.mean, mean, rtol=1e-5, atol=1e-5)
     assert step.std**2 == pytest.approx((1 - bar_prev) / (1 - bar) * beta, rel=1e-6, abs=1e-12)
 
@@ -103,7 +114,7 @@ def test_full_ddim_is_gaussian_conditioning(schedule: NoiseSchedule, data: st.Da
     ratio = a / b
     p = truth(schedule, level, *pair())
     mean = b * p.x0 + ratio * r**2 / s**2 * (p.x - a * p.x0)
-    step = ddim(p, schedule, level, target, 1.0)
+    step = DDIM(1.0)(p, schedule, level, target)
     torch.testing.assert_close(step.mean, mean, rtol=1e-5, atol=1e-5)
     assert step.std**2 == pytest.approx(r**2 - ratio**2 * r**4 / s**2, rel=1e-6, abs=1e-9)
 
@@ -124,7 +135,7 @@ def test_ode_is_bitwise_the_euler_step_of_diffusers(dtype: torch.dtype) -> None:
     for level, t in enumerate(scheduler.timesteps):
         v = torch.randn(2, 4, 8, 8, generator=g).to(dtype)
         alpha, sigma = schedule.coefficients(level)
-        step = ode(Prediction(x, x - sigma * v, x + alpha * v, v), schedule, level, level + 1)
+        step = ODE()(Prediction(x, x - sigma * v, x + alpha * v, v), schedule, level, level + 1)
         theirs = scheduler.step(v, t, x, return_dict=False)[0]
         assert step.mean.dtype == theirs.dtype
         assert torch.equal(step.mean, theirs)
@@ -146,14 +157,14 @@ def test_flow_sde_is_as_published() -> None:
         sig = a * math.sqrt(t / (1 - (schedule.coefficients(1)[1] if t == 1 else t)))
         dt = t - t_next
         mu = p.x * (1 - sig**2 / (2 * t) * dt) - v * (1 + sig**2 * (1 - t) / (2 * t)) * dt
-        step = flow_sde(p, schedule, level, level + 1, a)
+        step = FlowSDE(a)(p, schedule, level, level + 1)
         torch.testing.assert_close(step.mean, mu, rtol=1e-5, atol=1e-5)
         assert step.std == pytest.approx(sig * math.sqrt(dt))
         assert step.std == pytest.approx(quoted[level], abs=6e-4)
         # the velocity is rebuilt where the model did not predict it
-        rebuilt = flow_sde(Prediction(p.x, p.x0, p.eps), schedule, level, level + 1, a)
+        rebuilt = FlowSDE(a)(Prediction(p.x, p.x0, p.eps), schedule, level, level + 1)
         torch.testing.assert_close(rebuilt.mean, step.mean, **FLOAT32)
-    last = flow_sde(truth(schedule, 9, *pair()), schedule, 9, 10, a)
+    last = FlowSDE(a)(truth(schedule, 9, *pair()), schedule, 9, 10)
     assert last.std == 0  # ours: the clean level gets no noise (published: 0.006)
     torch.testing.assert_close(last.mean, pair()[0], **FLOAT32)
 
@@ -210,8 +221,8 @@ def test_deterministic_gaussian() -> None:
 def test_sample() -> None:
     mean, noise = pair()
     assert torch.equal(Gaussian(mean, 0.5).sample(noise), mean + 0.5 * noise)
-    half = Gaussian(mean.half(), 0.5).sample(noise)
-    assert half.dtype == torch.float16
+    half = Gaussian(mean, 0.5, torch.float16).sample(noise)
+    assert half.dtype == torch.float16 and torch.equal(half, (mean + 0.5 * noise).half())
 
 
 @pytest.mark.parametrize("kind", ["ode", "ddim", "cps", "flow_sde"])
@@ -220,7 +231,8 @@ def test_dtype_and_gradient_pass_through(kind: str, dtype: torch.dtype) -> None:
     schedule = NoiseSchedule.flow(4)
     x0, eps = (v.to(dtype).requires_grad_() for v in pair())
     step = Transition(kind, 0.5)(truth(schedule, 1, x0, eps), schedule, 1, 2)  # type: ignore[arg-type]
-    assert step.mean.dtype == dtype
+    assert step.mean.dtype == torch.promote_types(dtype, torch.float32), "means keep their digits"
+    assert step.center.dtype == step.sample(torch.zeros_like(x0)).dtype == dtype
     step.mean.sum().backward()
     assert x0.grad is not None and bool((x0.grad != 0).all())
 
@@ -229,10 +241,10 @@ def test_transition_dispatch() -> None:
     schedule = NoiseSchedule.flow(4)
     p = truth(schedule, 1, *pair())
     direct = {
-        "ode": ode(p, schedule, 1, 3),
-        "ddim": ddim(p, schedule, 1, 3, 0.5),
-        "cps": cps(p, schedule, 1, 3, 0.5),
-        "flow_sde": flow_sde(p, schedule, 1, 3, 0.5),
+        "ode": ODE()(p, schedule, 1, 3),
+        "ddim": DDIM(0.5)(p, schedule, 1, 3),
+        "cps": CPS(0.5)(p, schedule, 1, 3),
+        "flow_sde": FlowSDE(0.5)(p, schedule, 1, 3),
     }
     for kind, expected in direct.items():
         step = Transition(kind, 0.5)(p, schedule, 1, 3)  # type: ignore[arg-type]
@@ -248,7 +260,7 @@ def test_errors() -> None:
     vp = NoiseSchedule.variance_preserving(4)
     p = truth(vp, 0, *pair())
     with pytest.raises(ValueError, match="flow schedule"):
-        flow_sde(p, vp, 0, 1, 0.7)
+        FlowSDE(0.7)(p, vp, 0, 1)
     for target in (0, 1):
         with pytest.raises(ValueError, match="cleaner level"):
             Transition("ode")(p, vp, 1, target)
@@ -266,7 +278,7 @@ def glass_run(schedule: NoiseSchedule, inner: int, count: int) -> list[tuple[int
     states = []
     for level, target in Transition("glass", inner=inner).jumps(schedule):
         noise = torch.randn(count, 1, generator=generator, dtype=torch.float64)
-        x = glass(denoiser.predict, denoiser.predict(x, level), schedule, level, target, noise)
+        x = GLASS(1).step(denoiser.predict, denoiser.predict(x, level), schedule, level, target, noise)
         states.append((target, x))
     return states
 
@@ -307,16 +319,38 @@ def test_glass_without_inner_steps_is_ancestral(schedule: NoiseSchedule) -> None
     for level in range(1, 6):
         prediction = denoiser.predict(x, level)
         expected = Transition("ddim", 1.0)(prediction, schedule, level, level + 1).sample(noise)
-        got = glass(denoiser.predict, prediction, schedule, level, level + 1, noise)
+        got = GLASS(1).step(denoiser.predict, prediction, schedule, level, level + 1, noise)
         assert torch.allclose(got, expected, atol=1e-5)
 
 
 def test_glass_is_refused_where_children_share_an_evaluation() -> None:
     schedule = NoiseSchedule.flow(4)
     denoiser = GaussianMixtureDenoiser(GaussianMixture.from_weights([1.0], [[0.5]], 0.4), schedule, [])
-    with pytest.raises(ValueError, match="no single Gaussian"):
-        Transition("glass")(denoiser.predict(torch.zeros(1, 1), 1), schedule, 1, 2)
+    assert not isinstance(Transition("glass"), GaussianTransition)
+    with pytest.raises(ValueError, match="does not serve: children share"):
+        require_gaussian(Transition("glass"), "children share their parent's evaluation")
+    with pytest.raises(ValueError, match="'scheduler' cannot step between single levels"):
+        x = torch.zeros(1, 1)
+        Transition("scheduler").step(denoiser.predict, denoiser.predict(x, 1), schedule, 1, 2, x)
     with pytest.raises(ValueError, match="inner is a number of levels"):
         Transition("ddim", inner=2)
     with pytest.raises(ValueError, match="inner is a number of levels"):
         Transition("glass", inner=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "transition"),
+    [("ode", ODE()), ("ddim", DDIM(1.0)), ("cps 0.9", CPS(0.9)), ("flow_sde 0.7", FlowSDE(0.7)), ("glass 4", GLASS(4))],
+)
+def test_transitions_are_read_from_text_and_by_name_and_say_it_again(text: str, transition: Transition) -> None:
+    assert parse_transition(text) == transition == parse_transition(str(transition))
+    name, _, number = text.partition(" ")
+    options = {} if not number else {"inner": int(number)} if name == "glass" else {"noise": float(number)}
+    made = Transition(name, **options)
+    assert made == transition and type(made) is type(transition) and hash(made) == hash(transition)
+
+
+def test_text_that_names_no_transition_is_refused() -> None:
+    for text in ("walk", "cps x", "ode 0.5", "cps 2", "glass 0", "glass 1.5", ""):
+        with pytest.raises(ValueError, match="cannot read the transition"):
+            parse_transition(text)

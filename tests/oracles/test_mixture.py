@@ -22,6 +22,7 @@ from rsm_guidance.oracles.mixture import (
     tilt_divergence,
     value,
 )
+from rsm_guidance.rewards import as_reward
 
 
 def quoted(number: float, digits: int) -> object:
@@ -255,8 +256,8 @@ def test_many_steps_recover_the_mixture(kind: str, name: str) -> None:
 
 def test_protocols() -> None:
     denoiser: Denoiser = GaussianMixtureDenoiser(pair_of_modes(), NoiseSchedule.flow(4), ["a", "b"])
-    assert isinstance(denoiser, Denoiser) and denoiser.evaluations_per_row == 1
-    reward: Reward = QuadraticReward.around([2.0], 1.0)
+    assert denoiser.evaluations_per_row == 1 and denoiser.evaluations == 0
+    reward: Reward = as_reward(QuadraticReward.around([2.0], 1.0))
     x = denoiser.initial()
     assert x.shape == (2, 1) and x.dtype == torch.float64
     assert torch.equal(denoiser.decode(x), x)

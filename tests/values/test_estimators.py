@@ -20,8 +20,8 @@ from rsm_guidance.oracles.mixture import (
     expected_reward,
     value,
 )
-from rsm_guidance.samplers import FKSteering, RewardGradient
-from rsm_guidance.values import EstimatedValue, Lookahead, Smoothed, Tweedie
+from rsm_guidance.samplers import FKSteering, RewardGradient, Task
+from rsm_guidance.values import Lookahead, Smoothed, Tweedie
 from tests.zoo import ZOO
 
 MIXTURE = GaussianMixture.from_weights([0.5, 0.5], [[-2.0], [2.0]], 0.25)
@@ -39,10 +39,9 @@ def estimate(estimator: Any, points: list[float], level: int, levels: NoiseSched
     """Estimated and exact values of points at a level."""
     x = torch.tensor(points, dtype=torch.float64)[:, None]
     denoiser = GaussianMixtureDenoiser(MIXTURE, levels, ["a"])
-    ledger = Ledger()
-    judge = EstimatedValue(denoiser, lambda x, p: REWARD(x), ledger, estimator, RandomStreams.for_prompts(0, ["a"]))
-    found = judge(x, level, torch.zeros(len(x), dtype=torch.int64))
-    return found, value(MIXTURE, REWARD, x, *levels.coefficients(level)), ledger
+    task = Task(denoiser, RandomStreams.for_prompts(0, ["a"]), Ledger(), REWARD, estimator)
+    found = task.value(x, level, torch.zeros(len(x), dtype=torch.int64))
+    return found, value(MIXTURE, REWARD, x, *levels.coefficients(level)), task.ledger
 
 
 @pytest.mark.parametrize(
@@ -153,7 +152,7 @@ def test_rows_are_judged_for_their_own_prompts(estimator: Any) -> None:
         return REWARD(x) + 100 * torch.tensor([prompt == "b" for prompt in asked])
 
     denoiser = GaussianMixtureDenoiser(MIXTURE, NoiseSchedule.flow(6), prompts)
-    judge = EstimatedValue(denoiser, reward, Ledger(), estimator, RandomStreams.for_prompts(0, prompts))
+    judge = Task(denoiser, RandomStreams.for_prompts(0, prompts), Ledger(), reward, estimator).value
     x, rows = torch.tensor([[0.3], [-0.4], [1.0]], dtype=torch.float64), torch.tensor([0, 1, 1])
     alone = [judge(x[i : i + 1], 3, rows[i : i + 1]) for i in range(3)]
     assert torch.allclose(judge(x, 3, rows), torch.cat(alone))
@@ -163,7 +162,8 @@ def test_terms_count_within_their_windows() -> None:
     denoiser = GaussianMixtureDenoiser(MIXTURE, NoiseSchedule.flow(6), ["a"])
     early = rg.Term(lambda x, p: x[:, 0], window=(0.0, 0.4))
     late = rg.Term(lambda x, p: 10 + x[:, 0], window=(0.6, 1.0))
-    judge = EstimatedValue(denoiser, rg.Composite((early, late)), Ledger())
+    streams = RandomStreams.for_prompts(0, ["a"])
+    judge = Task(denoiser, streams, Ledger(), rg.Composite((early, late)), Tweedie()).value
     x, rows = torch.tensor([[0.3]], dtype=torch.float64), torch.tensor([0])
     assert torch.allclose(judge(x, 1, rows), denoiser.predict(x, 1).x0[:, 0])
     assert torch.allclose(judge(x, 6, rows), 10 + x[:, 0])

@@ -30,19 +30,44 @@ _EARLY = 4  # u^4 of a uniform u: where restarts leave a path leans to its noisy
 class Method(Protocol):
     """What decides how trees grow; see `methods.TreeSampler`."""
 
-    greedy: Any
-    simulations: Any
-    temperature: Any
-    widening: Any
-    exponent: Any
-    branching: Any
-    batch: Any
-    prior: Any
-    transition: Any
-    batch_rows: Any
-    node_dtype: Any
-    stored_nodes: Any
-    prior_weight: Any
+    @property
+    def greedy(self) -> bool: ...
+
+    @property
+    def simulations(self) -> int: ...
+
+    @property
+    def temperature(self) -> float: ...
+
+    @property
+    def widening(self) -> float: ...
+
+    @property
+    def exponent(self) -> float: ...
+
+    @property
+    def branching(self) -> int | None: ...
+
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def prior(self) -> str: ...
+
+    @property
+    def transition(self) -> GaussianTransition: ...
+
+    @property
+    def batch_rows(self) -> int: ...
+
+    @property
+    def node_dtype(self) -> str | None: ...
+
+    @property
+    def stored_nodes(self) -> int | None: ...
+
+    @property
+    def prior_weight(self) -> float: ...
 
     def plan(self, growth: "Growth", row: int, number: int, draw: Draw) -> int | None:
         """Plan simulation `number` of a row; its first new node, None if the tree is closed."""

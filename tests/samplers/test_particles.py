@@ -132,7 +132,7 @@ def test_a_value_without_gradient_is_refused_and_nan_gradients_are_dropped() -> 
 
     task = problem("ring", SHORT, 3)
     task.value = Blind()
-    with pytest.raises(ValueError, match="Blind is not differentiable"):
+    with pytest.raises(ValueError, match="constant is not differentiable"):
         run(TwistedSMC(), task)
     task = problem("ring", SHORT, 3)
     task.value = Broken()

@@ -103,7 +103,7 @@ def test_files_of_other_runs_and_damaged_ones_are_refused(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="settings.* was"):
         run(TreeSearch(6, **base), problem())  # type: ignore[arg-type]
     task = problem()
-    task.denoiser.schedule = NoiseSchedule.variance_preserving(12)  # type: ignore[misc]
+    task.denoiser.inner.schedule = NoiseSchedule.variance_preserving(12)  # type: ignore[misc]
     with pytest.raises(ValueError, match="its schedule.alpha"):
         run(TreeSampling(6, **base), task)  # type: ignore[arg-type]
     task = problem()

@@ -25,7 +25,7 @@ CPS = rg.Transition("cps", 0.8)
 def test_signature_is_stock_plus_ours() -> None:
     stock = list(inspect.signature(StableDiffusion3Pipeline.__call__).parameters)
     ours = list(inspect.signature(rg.RewardGuidedStableDiffusion3Pipeline.__call__).parameters)
-    assert ours == [*stock, "sampler", "reward", "value", "budget", "seed", "on_step", "monitor"]
+    assert ours == [*stock, "sampler", "reward", "value", "budget", "seed", "on_step", "monitor", "reward_columns"]
     assert rg.reward_guided(StableDiffusion3Pipeline) is rg.RewardGuidedStableDiffusion3Pipeline
 
 
@@ -45,7 +45,7 @@ print(json.dumps([type(pipe).__name__, out.images[0].size, out.rewards, out.ledg
     name, size, rewards, evaluations, levels = json.loads(done.stdout.splitlines()[-1])
     assert name == "RewardGuidedStableDiffusion3Pipeline"
     assert size == [64, 64] and np.isfinite(rewards).all() and levels == 3
-    assert evaluations == pytest.approx(4 * 2 + (3 * 2 + 1) * rg.resolve_reward("shapes-drm").depth_share)  # type: ignore[union-attr]
+    assert evaluations == pytest.approx(4 * 2 + (3 * 2 + 1) * rg.resolve_reward("shapes-drm").share)
     assert "Expected types" not in done.stderr
 
 
@@ -128,7 +128,6 @@ def test_fewer_than_one_candidate_is_refused(sampler: type) -> None:
         (lambda n: torch.tensor([float("inf")] * n), "returned inf for item 0"),
         (lambda n: torch.zeros(n, 2), "must return one score per image"),
         (lambda n: None, "NoneType, not . numbers"),
-        (lambda n: 1 / 0, "failed: ZeroDivisionError"),
     ],
 )
 @pytest.mark.parametrize("sampler", [rg.BestOfN(3), rg.StepwiseSampling(3, CPS)], ids=["best-of-n", "stepwise"])
@@ -138,6 +137,17 @@ def test_rewards_that_misbehave_are_named(guided: DiffusionPipeline, sampler: ob
 
     with pytest.raises(ValueError, match=f"my_reward.*{message}"):
         guided(**CALL, seed=0, sampler=sampler, reward=my_reward)
+    assert np.isfinite(guided(**CALL, seed=0, sampler="none").images).all(), "the pipeline works as before"
+
+
+def test_a_programming_error_in_a_reward_keeps_its_type_and_traceback(guided: DiffusionPipeline) -> None:
+    def my_reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        return images[:, 0].mean((1, 2)) + prompts  # type: ignore[operator, no-any-return]
+
+    with pytest.raises(TypeError) as caught:
+        guided(**CALL, seed=0, sampler=rg.StepwiseSampling(3, CPS), reward=my_reward)
+    assert "my_reward" in "".join(caught.value.__notes__)
+    assert any(entry.name == "my_reward" for entry in caught.traceback)
     assert np.isfinite(guided(**CALL, seed=0, sampler="none").images).all(), "the pipeline works as before"
 
 
@@ -194,7 +204,7 @@ def test_caps_on_decodes_and_reward_calls(guided: DiffusionPipeline, sampler: ob
         return images[:, 0].mean((1, 2))
 
     out = guided(**CALL, seed=0, sampler=sampler, reward=redness, budget=rg.Budget(reward_calls=4))
-    assert len(calls) == out.ledger.reward_calls == 4 and out.ledger.stopped == "budget"
+    assert 3 <= len(calls) == out.ledger.reward_calls <= 4 and out.ledger.stopped == "budget"
     out = guided(**CALL, seed=0, sampler=sampler, reward=redness, budget=rg.Budget(decodes=5))
     assert 4 <= out.ledger.decodes <= 5 and out.ledger.stopped == "budget"
     with pytest.raises(ValueError, match="one finished image takes 2"):

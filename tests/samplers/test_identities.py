@@ -8,7 +8,6 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 
 import rsm_guidance as rg
-
 from rsm_guidance.samplers import Sampler
 
 PROMPTS = ["two red circles and a blue square", "a red star", "a cyan cross above a purple triangle"]
@@ -40,9 +39,7 @@ def test_no_sampler_with_a_seed_is_the_unguided_sampler(guided: DiffusionPipelin
 
 
 @pytest.mark.parametrize("kind", ["ddim", "cps", "flow_sde"])
-def test_one_candidate_is_the_unguided_run_of_the_same_transition(
-    guided: DiffusionPipeline, kind: str
-) -> None:
+def test_one_candidate_is_the_unguided_run_of_the_same_transition(guided: DiffusionPipeline, kind: str) -> None:
     transition = rg.Transition(kind, 0.7)
     reference = images(guided, seed=2, sampler=rg.Unguided(transition))
     assert not np.array_equal(reference, images(guided, seed=2, sampler="none"))

@@ -107,8 +107,8 @@ def test_files_of_other_runs_and_damaged_ones_are_refused(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="its schedule.alpha"):
         run(TreeSampling(6, **base), task)  # type: ignore[arg-type]
     task = problem()
-    task.denoiser.mixture = GaussianMixture.from_weights([0.5, 0.5], [[-3.0], [1.0]], 0.25)  # type: ignore[attr-defined]
-    task.denoiser.initial = problem().denoiser.initial  # type: ignore[method-assign]
+    task.denoiser.inner.mixture = GaussianMixture.from_weights([0.5, 0.5], [[-3.0], [1.0]], 0.25)  # type: ignore[attr-defined]
+    task.denoiser.inner.initial = problem().denoiser.initial  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="grown with another model"):
         run(TreeSampling(6, **base), task)  # type: ignore[arg-type]
     task = problem()

@@ -78,7 +78,7 @@ class RowReward:
     def __call__(self, images: Tensor, rows: Tensor) -> Tensor:
         """Scores [R] of images [R, 3, H, W] of rows [R]."""
         index = rows.tolist()
-        columns = {name: [values[r] for r in index] for name, values in self.columns.items()}
+        columns = {name: [self.columns[name][r] for r in index] for name in self.reward.requires}
         return self.reward(images, [self.prompts[r] for r in index], **columns)
 
 

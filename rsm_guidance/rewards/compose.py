@@ -102,7 +102,8 @@ class Composite:
         """Scores [B] of images [B, 3, H, W] in [0, 1]; columns as the terms require them."""
         total: Tensor | None = None
         for term in self.terms:
-            plain = torch.as_tensor(term.reward(images, prompts, **columns))
+            own = {name: columns[name] for name in term.reward.requires}
+            plain = torch.as_tensor(term.reward(images, prompts, **own))
             if plain.shape != (len(prompts),):
                 raise RewardError(f"{term.reward.name} returned shape {list(plain.shape)} for {len(prompts)} images")
             score = normalized(plain, prompts, self.normalize)

@@ -112,7 +112,9 @@ def test_files_of_other_runs_and_damaged_ones_are_refused(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="grown with another model"):
         run(TreeSampling(6, **base), task)  # type: ignore[arg-type]
     task = problem()
-    task.reward = lambda x, prompts: 2 * REWARD(x)
+    doubled = lambda x, prompts: 2 * REWARD(x)  # noqa: E731
+    doubled.name = "QuadraticReward"  # type: ignore[attr-defined]
+    task.reward = doubled
     with pytest.raises(ValueError, match="grown with another reward: a leaf of prompt 0 had"):
         run(TreeSampling(6, **base), task)  # type: ignore[arg-type]
     good = path.read_bytes()

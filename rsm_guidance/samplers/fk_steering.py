@@ -8,15 +8,12 @@ its values V_t = V(x_t), and prompts whose effective sample size has fallen are 
 
 The last potential is r(x0) / lambda minus all earlier ones, so that the product is exp(r(x0) / lambda) for every choice, and the
 weighted particles target p(x0) exp(r(x0) / lambda) / Z exactly as K grows; good values only lower the variance.  gamma_t in
-[0, 1] tempers the early, unreliable values; `adaptive` raises it per prompt as far as the effective sample size allows
-(`tempering`).  Resampling at every level (threshold 1) is VASR (arXiv 2604.06779).  Unlike the published code, weights are
-carried when no resampling is due, are never clamped, and count at the last step.
+[0, 1] tempers the early values (`tempering`).  Resampling at every level (threshold 1) is VASR (arXiv 2604.06779).  Unlike the
+published code, weights are carried when no resampling is due, are never clamped, and count at the last step.
 """
 
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
-
-import torch
 
 from rsm_guidance.core.resampling import SCHEMES, Scheme
 from rsm_guidance.core.schedule import NoiseSchedule
@@ -24,22 +21,21 @@ from rsm_guidance.core.transitions import CPS, Transition
 from rsm_guidance.samplers import kernel, population, tempering
 from rsm_guidance.samplers.kernel import Info, Kernel, Result, State
 from rsm_guidance.samplers.task import Task
+from rsm_guidance.samplers.tempering import POTENTIALS, TEMPERINGS
 
 
 @dataclass(frozen=True)
 class FKSteering(Kernel):
-    """Feynman-Kac steering.
+    """Weigh particles at some levels, and resample them.
 
     Attributes:
         particles: K >= 1 per prompt; particle 0 starts where the unguided run starts.
         temperature: lambda > 0 of the target p(x0) exp(r(x0) / lambda).
         potential: how values become weights.
-        tempering: "none" (gamma = 1), "polynomial" (gamma = progress ^ `power`) or "adaptive".
-        power: exponent of polynomial tempering, > 0.
+        tempering, power: "none" (gamma = 1), "polynomial" (gamma = progress ^ `power`, which is > 0) or "adaptive".
         threshold: resample below this share of K of effective particles, in (0, 1]; 1 resamples whenever weights differ.
         resampling: scheme.
-        interval: weigh every so many levels.
-        window: noise levels (low, high) as fractions of the noisiest sigma in which particles are weighed.
+        interval, window: weigh every so many levels, at noise levels (low, high) as fractions of the noisiest sigma.
         transition: how to step; a stochastic one, or duplicates stay duplicates.
         returned: "best" returns the particle of highest reward, "sample" draws one by weight, a sample of the target.
     """
@@ -63,7 +59,7 @@ class FKSteering(Kernel):
         kernel.finite(self, "temperature", "power", positive=True)
         kernel.share(self, "threshold")
         kernel.check_window(self.window)
-        kernel.one_of(self, potential=("difference", "max", "sum"), tempering=("none", "polynomial", "adaptive"))
+        kernel.one_of(self, potential=POTENTIALS, tempering=TEMPERINGS)
         kernel.one_of(self, resampling=tuple(SCHEMES), returned=("best", "sample"))
         population.require_stochastic(self.transition, self.particles)
 
@@ -72,10 +68,8 @@ class FKSteering(Kernel):
             kernel.require(self, task)
 
     def init(self, task: Task) -> State:
-        """Cost per image: K unguided samples, and K values at each weighed level (free where they read predictions)."""
-        zero = torch.zeros(task.count, self.particles, dtype=torch.float64)
-        running = zero - torch.inf if self.potential == "max" else zero
-        carried = {"potentials": zero, "running": running, "gamma": zero}
+        """Cost per image: K unguided samples, and K values at each weighed level, free where they read predictions."""
+        carried = tempering.start(self, task.count, self.particles)
         return population.particles(task, task.initial(*range(self.particles)), self.particles, **carried)
 
     def step(self, task: Task, state: State, jump: tuple[int, int]) -> tuple[State, Info]:

@@ -8,6 +8,8 @@ from torch import Tensor
 from rsm_guidance.core.weights import effective_sample_size
 from rsm_guidance.samplers.kernel import State
 
+POTENTIALS = ("difference", "max", "sum")
+TEMPERINGS = ("none", "polynomial", "adaptive")
 _BISECTIONS = 40
 
 
@@ -22,6 +24,12 @@ class Tempered(Protocol):
     def power(self) -> float: ...
     @property
     def threshold(self) -> float: ...
+
+
+def start(config: Tempered, count: int, k: int) -> dict[str, Tensor]:
+    """What K particles [B, K] carry at first: the potentials paid so far, the running one, and gamma."""
+    zero = torch.zeros(count, k, dtype=torch.float64)
+    return {"potentials": zero, "running": zero - torch.inf if config.potential == "max" else zero, "gamma": zero}
 
 
 def increment(config: Tempered, state: State, phi: Tensor) -> Tensor:

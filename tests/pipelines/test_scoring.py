@@ -45,13 +45,13 @@ def test_columns_reach_the_reward_of_every_candidate(guided: DiffusionPipeline) 
 
     def colours(channels: list[int]) -> torch.Tensor:
         call: dict[str, Any] = CALL | {"output_type": "pt", "num_inference_steps": 6}
-        sampler = rg.RewardGradient(0.5)
+        sampler = rg.BestOfN(6, rg.CPS(0.9))
         columns = {"channel": channels, "unused": [None, None]}
         images = guided(PROMPTS, sampler=sampler, reward=Target(), reward_columns=columns, **call).images
         return images.mean((2, 3))
 
-    red_blue, blue_red = colours([0, 2]), colours([2, 0])
-    assert red_blue[0, 0] > blue_red[0, 0] and red_blue[1, 2] > blue_red[1, 2]
+    change = colours([0, 2]) - colours([2, 0])  # by channel, between what is liked and the other way round
+    assert change[0, 0] > change[0, 2] and change[1, 2] > change[1, 0], "among the same candidates it must be so"
     for columns, words in (
         (None, "needs the column 'channel'"),
         ({"channel": [0, 1, 2]}, "3 entries for 2 images"),

@@ -63,7 +63,7 @@ def test_dict_tuple_outputs_equivalent(name: str) -> None:
         by_name = pipe(**call, **guidance)
         plain = pipe(**call, **guidance, return_dict=False)
         assert isinstance(plain, tuple)  # in Stable Diffusion 1.5 with a second entry
-        assert np.array_equal(np.asarray(by_name[0]), np.asarray(plain[0]))
+        assert same(np.asarray(by_name[0]), np.asarray(plain[0]))
         if guidance:
             assert by_name.images is by_name["images"] is by_name[0]
             assert by_name.to_tuple()[0] is by_name.images
@@ -88,6 +88,11 @@ def reload(cls: type[DiffusionPipeline], folder: Path, **how: Any) -> DiffusionP
     return pipe
 
 
+def same(images: Any, reference: Any) -> bool:
+    """Equal up to the last bits: loaded weights lie elsewhere in memory, for which some CPUs choose other kernels."""
+    return bool(np.shape(images) == np.shape(reference) and np.abs(np.subtract(images, reference)).max() < 1e-6)
+
+
 @pytest.mark.parametrize("name", [n for n in CLASSES if n in SAVED])
 def test_save_load_local(name: str, tmp_path: Path) -> None:
     stock, ours = ZOO[name].build(), build(name)
@@ -95,11 +100,11 @@ def test_save_load_local(name: str, tmp_path: Path) -> None:
     ours.save_pretrained(tmp_path / "ours")
     index = json.loads((tmp_path / "ours" / "model_index.json").read_text())
     assert index["_class_name"] == type(stock).__name__, "anyone can load the folder"
-    assert np.array_equal(run(reload(DiffusionPipeline, tmp_path / "ours"), name), reference)
+    assert same(run(reload(DiffusionPipeline, tmp_path / "ours"), name), reference)
     stock.save_pretrained(tmp_path / "stock")
     loaded = reload(rg.RewardGuidedPipeline, tmp_path / "stock")
     assert type(loaded) is type(ours)
-    assert np.array_equal(unguided(loaded, name), reference)
+    assert same(unguided(loaded, name), reference)
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux", "chroma"])
@@ -117,8 +122,8 @@ def test_save_load_optional_components(name: str, tmp_path: Path) -> None:
     for cls in (type(pipe), DiffusionPipeline):
         loaded = reload(cls, tmp_path, **none)
         assert all(getattr(loaded, part) is None for part in dropped)
-        assert np.array_equal(run(loaded, name), reference)
-    assert np.array_equal(unguided(reload(type(pipe), tmp_path, **none), name), reference)
+        assert same(run(loaded, name), reference)
+    assert same(unguided(reload(type(pipe), tmp_path, **none), name), reference)
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -131,7 +136,7 @@ def test_serialization_with_variants(name: str, tmp_path: Path) -> None:
     for part, module in modules_of(pipe).items():
         weights = dict(getattr(loaded, part).named_parameters())
         assert all(torch.equal(weights[k], v) for k, v in module.named_parameters() if k in weights)
-    assert np.array_equal(unguided(loaded, name), run(pipe, name))
+    assert same(unguided(loaded, name), run(pipe, name))
     pipe.save_pretrained(tmp_path / "plain")
     with pytest.raises(ValueError, match="variant=fp16"):
         rg.RewardGuidedPipeline.from_pretrained(tmp_path / "plain", variant="fp16")
@@ -147,11 +152,11 @@ def test_save_load_float16(name: str, dtype: torch.dtype, tmp_path: Path) -> Non
     dtypes = {part: module.dtype for part, module in modules_of(half).items()}
     assert set(dtypes.values()) == {dtype} and dtypes == {k: m.dtype for k, m in modules_of(stock).items()}
     samples = unguided(half, name)
-    assert np.array_equal(samples, run(stock, name))
+    assert same(samples, run(stock, name))
     cosine = np.vdot(samples, full) / np.linalg.norm(samples) / np.linalg.norm(full)
     assert cosine > 0.95
     half.save_pretrained(tmp_path / "half")
-    assert np.array_equal(run(reload(DiffusionPipeline, tmp_path / "half", dtype=dtype), name), samples)
+    assert same(run(reload(DiffusionPipeline, tmp_path / "half", dtype=dtype), name), samples)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -160,7 +165,7 @@ def test_to_dtype_and_device(name: str) -> None:
     assert {module.dtype for module in modules_of(pipe).values()} == {torch.float32}
     reference = run(pipe, name)
     assert pipe.to("cpu") is pipe and pipe.to(torch.device("cpu")).device.type == "cpu"
-    assert np.array_equal(unguided(pipe, name), reference)
+    assert same(unguided(pipe, name), reference)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         assert pipe.to(dtype=dtype) is pipe and pipe.dtype == dtype
         assert {module.dtype for module in modules_of(pipe).values()} == {dtype}
@@ -190,7 +195,7 @@ def test_pipeline_with_accelerator_device_map(name: str, tmp_path: Path) -> None
     pipe = build(name)
     pipe.save_pretrained(tmp_path)
     mapped = reload(rg.RewardGuidedPipeline, tmp_path, device_map="cpu")
-    assert np.array_equal(unguided(mapped, name), run(pipe, name))
+    assert same(unguided(mapped, name), run(pipe, name))
 
 
 def test_a_custom_pipeline_without_trust_says_what_to_pass() -> None:
@@ -215,10 +220,10 @@ def test_from_pipe_consistent_config_and_forward_pass(name: str) -> None:
     back = type(stock).from_pipe(ours, dtype=ours.dtype)
     back.set_progress_bar_config(disable=True)
     assert type(back) is type(stock) and public(back) == public(ours) == public(stock)
-    assert np.array_equal(unguided(ours, name), reference)
+    assert same(unguided(ours, name), reference)
     under_guidance(ours, name)
-    assert np.array_equal(run(back, name), reference)
-    assert np.array_equal(run(stock, name), reference), "the pipeline that was shared is as before"
+    assert same(run(back, name), reference)
+    assert same(run(stock, name), reference), "the pipeline that was shared is as before"
 
 
 @pytest.mark.parametrize(
@@ -242,7 +247,7 @@ def test_from_pipe_between_tasks(first: str, second: str) -> None:
     for given in (source, guided_of(source)):
         pipe = rg.reward_guided(type(target)).from_pipe(given, **extra)
         pipe.set_progress_bar_config(disable=True)
-        assert np.array_equal(unguided(pipe, second), reference)
+        assert same(unguided(pipe, second), reference)
         back = type(source).from_pipe(pipe)
         assert public(back) == public(source)
-        assert np.array_equal(run(back, first), run(source, first))
+        assert same(run(back, first), run(source, first))

@@ -215,7 +215,7 @@ def test_a_saved_guided_pipeline_reloads_everywhere(tmp_path: Path) -> None:
             again = cls.from_pretrained(tmp_path / name)
             again.set_progress_bar_config(disable=True)
             images = again(**ZOO[name].call(), generator=generator(), output_type="np")[0]
-            assert np.abs(images - reference).max() < 1e-6, "weights lie elsewhere in memory, and may round otherwise"
+            assert np.abs(images - reference).max() < 1e-5, "weights lie elsewhere in memory, and may round otherwise"
 
 
 def test_bad_input() -> None:

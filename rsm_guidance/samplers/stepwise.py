@@ -9,14 +9,14 @@ their defaults are the best of a small scan on training captions of an earlier s
 not sample the tilted posterior.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from rsm_guidance.core.random import Purpose
-from rsm_guidance.core.schedule import NoiseSchedule, Prediction
+from rsm_guidance.core.schedule import NoiseSchedule
 from rsm_guidance.core.transitions import CPS, ODE, GaussianTransition, require_gaussian
 from rsm_guidance.core.weights import choose
 from rsm_guidance.samplers import kernel
@@ -72,12 +72,12 @@ class StepwiseSampling(Kernel):
         x = task.initial(*range(runs * k))
         if k == 1:
             return State(x, runs)
-        x, known, scores, chosen = self._select(task, x, 0, k)
-        return State(x, runs, None, known, opening=Info(0, None, scores, 0, {"chosen": chosen}))
+        x, scores, chosen = self._select(task, x, 0, k)
+        return State(x, runs, opening=Info(0, None, scores, 0, {"chosen": chosen}))
 
     def step(self, task: Task, state: State, jump: tuple[int, int]) -> tuple[State, Info]:
         level, target = jump
-        prediction = state.prediction or task.predict(state.x, level, task.rows_of(state.k))
+        prediction = task.predict(state.x, level, task.rows_of(state.k))
         shown = first_of(prediction.x0, state.k)
         inside = self.competes(task.schedule, level)
         if not inside or self.candidates == 1:
@@ -85,9 +85,8 @@ class StepwiseSampling(Kernel):
             x = task.step(transition, prediction, jump, state.k).next
             return State(x, state.k), Info(level, shown)
         children = task.children(self.transition, prediction, level, state.k, self.candidates)
-        x, known, scores, chosen = self._select(task, children, target, self.candidates)
-        state = replace(state, x=x, x0=prediction.x0, prediction=known)
-        return state, Info(level, shown, scores, target, {"chosen": chosen})
+        x, scores, chosen = self._select(task, children, target, self.candidates)
+        return State(x, state.k, prediction.x0), Info(level, shown, scores, target, {"chosen": chosen})
 
     def competes(self, schedule: NoiseSchedule, level: int) -> bool:
         """Whether the children of `level` compete: they lie inside the window and the step draws noise."""
@@ -95,19 +94,19 @@ class StepwiseSampling(Kernel):
             return False
         return kernel.in_window(self.window, schedule, level + 1)
 
-    def _select(
-        self, task: Task, candidates: Tensor, level: int, k: int
-    ) -> tuple[Tensor, Prediction | None, Tensor, Tensor]:
-        """One of every k candidates [B * runs * k, ...] by its value at `level`, its prediction if known, and all scores."""
+    def _select(self, task: Task, candidates: Tensor, level: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """One of every k candidates [B * runs * k, ...] by its value at `level`, all scores, and which it is.
+
+        A prediction that the value has read is not taken along: made in a larger batch it may differ in its last bits, and a
+        run with nothing to choose is to be the unguided one bit for bit.
+        """
         count = len(candidates) // k
         rows = task.rows.repeat_interleave(count // task.count)
-        values, known = task.score(candidates, level, rows.repeat_interleave(k))
-        scores = values.view(count, k)
+        scores = task.score(candidates, level, rows.repeat_interleave(k))[0].view(count, k)
         if self.temperature == 0:
             chosen = scores.argmax(1)
         else:
             runs = count // task.count
             draws = [task.streams.uniform(r, Purpose.SELECT, i % runs, level) for i, r in enumerate(rows.tolist())]
             chosen = choose(scores / self.temperature, torch.tensor(draws, dtype=torch.float64))
-        place = torch.arange(count) * k + chosen
-        return candidates[place], None if known is None else known.pick(place), scores, chosen
+        return candidates[torch.arange(count) * k + chosen], scores, chosen

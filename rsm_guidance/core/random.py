@@ -4,8 +4,9 @@ A stream is named by what it is for, not by when it is drawn, so a result depend
 other prompts of the batch nor on their order.  The prompt enters by its text and, when it occurs several times, by the
 number of its occurrence.  Noise is drawn on the CPU in float32, so that every device sees the same numbers.
 
-SHAKE-256 of the name fills the whole state of torch's Mersenne twister.  `manual_seed` would use 32 bits, with which two of
-65,000 streams are likely to coincide, and numpy's `SeedSequence` takes 14 times as long to fill so large a state.
+Noise and single numbers come from numpy's Philox, whose key of 128 bits is a hash of the name (Salmon et al. 2011).  Where a
+torch generator is asked for, SHAKE-256 of the name fills the whole state of its Mersenne twister: `manual_seed` would use
+32 bits, with which two of 65,000 streams are likely to coincide.
 """
 
 import hashlib
@@ -53,6 +54,25 @@ class _Buffer(threading.local):
 _BUFFER = _Buffer()
 
 
+class _Philox(threading.local):
+    """Numpy's generator, to be set to the beginning of a stream; one for each thread, as making one takes longer."""
+
+    def __init__(self) -> None:
+        self.bits = np.random.Philox(key=0)
+        self.numbers = np.random.Generator(self.bits)
+        self.beginning = self.bits.state
+
+    def stream(self, name: tuple[Name, ...]) -> np.random.Generator:
+        """The numbers of a name; valid until the next call."""
+        key = hashlib.blake2b(_spelled(name), digest_size=16).digest()
+        self.beginning["state"]["key"] = np.frombuffer(key, "<u8")
+        self.bits.state = self.beginning
+        return self.numbers
+
+
+_PHILOX = _Philox()
+
+
 def _spelled(name: tuple[Name, ...]) -> bytes:
     return repr(name).encode()  # numbers and text, told apart by their quotes
 
@@ -95,8 +115,19 @@ class RandomStreams:
 
     def normal(self, row: int, shape: Sequence[int], *path: Name) -> Tensor:
         """Standard normal float32 noise of a shape, named by its path (level, child, ...)."""
-        return torch.randn(tuple(shape), generator=self.generator(row, *path))
+        return self.normals([row], shape, [path])[0]
+
+    def normals(self, rows: Sequence[int], shape: Sequence[int], paths: Sequence[tuple[Name, ...]]) -> Tensor:
+        """Standard normal float32 noise [R, ...] of rows [R], each by its own path [R]."""
+        drawn = np.empty((len(rows), *shape), np.float32)
+        for place, row, path in zip(drawn[:, None], rows, paths, strict=True):
+            _PHILOX.stream((self.seed, *self.names[row], *path)).standard_normal(dtype=np.float32, out=place)
+        return torch.from_numpy(drawn)
 
     def uniform(self, row: int, *path: Name) -> float:
         """One number in [0, 1)."""
-        return float(torch.rand((), generator=self.generator(row, *path), dtype=torch.float64))
+        return self.uniforms(row, 1, *path).item()
+
+    def uniforms(self, row: int, count: int, *path: Name) -> Tensor:
+        """Float64 numbers [count] in [0, 1)."""
+        return torch.from_numpy(_PHILOX.stream((self.seed, *self.names[row], *path)).random(count))

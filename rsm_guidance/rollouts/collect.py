@@ -27,8 +27,7 @@ def step_noise(
     streams: RandomStreams, rows: Tensor, labels: Sequence[Label], level: int, shape: Sequence[int], child: int = 0
 ) -> Tensor:
     """Standard normal noise [R, ...] of the steps that leave `level`, for latents of rows [R] with labels [R]."""
-    named = zip(rows.tolist(), labels, strict=True)
-    return torch.stack([streams.normal(r, shape, Purpose.STEP, *label, level, child) for r, label in named])
+    return streams.normals(rows.tolist(), shape, [(Purpose.STEP, *label, level, child) for label in labels])
 
 
 def initial_noise(denoiser: Denoiser, streams: RandomStreams, candidate: int) -> Tensor:

@@ -49,9 +49,8 @@ def resampled(task: Task, state: State, level: int, scheme: Scheme, threshold: f
     if not bool(due.any()):
         return state, record
     for row in due.nonzero().flatten().tolist():
-        generator = task.streams.generator(row, Purpose.RESAMPLE, level)
-        uniform = torch.rand(1, state.k, generator=generator, dtype=torch.float64)
-        ancestors[row] = resample(state.log_weights[row][None], uniform, scheme)[0]
+        uniform = task.streams.uniforms(row, state.k, Purpose.RESAMPLE, level)
+        ancestors[row] = resample(state.log_weights[row][None], uniform[None], scheme)[0]
     moved = places(ancestors, state.k)
     total = state.log_normalizer + log_mean_exp(state.log_weights)
     return State(

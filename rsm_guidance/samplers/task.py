@@ -125,8 +125,7 @@ class Task:
 
     def named_noise(self, rows: Tensor, shape: Sequence[int], names: Sequence[tuple[Name, ...]]) -> Tensor:
         """Standard normal noise [R, ...] by one name for each row of rows [R]."""
-        pairs = zip(rows.tolist(), names, strict=True)
-        return torch.stack([self.streams.normal(r, shape, *name) for r, name in pairs])
+        return self.streams.normals(rows.tolist(), shape, names)
 
     def predict(self, x: Tensor, level: int, rows: Tensor | None = None) -> Prediction:
         """The denoiser's prediction at latents [R, ...]; by default of one latent for each row."""

@@ -58,9 +58,9 @@ class SmoothedValue(EstimatedValue):
         width = config.spread * sigma / math.hypot(alpha, sigma)
         points = [mean]
         for i in range(1, config.samples):
-            names = dict.fromkeys(rows.unique().tolist(), (Purpose.SMOOTH, level, i))
-            offsets = {r: self.streams.normal(r, mean.shape[1:], *name) for r, name in names.items()}
-            points.append(mean + width * torch.stack([offsets[r] for r in rows.tolist()]).to(mean))
+            unique, place = rows.unique(return_inverse=True)
+            offsets = self.streams.normals(unique.tolist(), mean.shape[1:], [(Purpose.SMOOTH, level, i)] * len(unique))
+            points.append(mean + width * offsets[place.cpu()].to(mean))
         scores = self._score(torch.cat(points), level, rows.repeat(config.samples)).view(config.samples, len(mean))
         if math.isinf(config.temperature):
             return scores.mean(0)

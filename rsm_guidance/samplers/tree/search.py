@@ -4,9 +4,10 @@ Up to `batch` simulations of every prompt are planned before their rewards are k
 node's transition is computed once and serves all its children.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -88,15 +89,12 @@ class _Job:
     parent: int
     path: tuple[int, ...]
     streams: RandomStreams
-    generator: torch.Generator | None = field(default=None, repr=False)
 
     def noise(self, shape: Sequence[int], level: int) -> Tensor:
         """Noise of the step that leaves `level`; that of a starting noise k is candidate k's of every other sampler."""
         if self.start == 0:
             return self.streams.normal(self.row, shape, Purpose.STEP, self.path[0], level, 0)
-        if self.generator is None:
-            self.generator = self.streams.generator(self.row, Purpose.TREE, *self.path)
-        return torch.randn(tuple(shape), generator=self.generator)
+        return self.streams.normal(self.row, shape, Purpose.TREE, *self.path, level)
 
 
 class Growth:
@@ -209,12 +207,10 @@ class Growth:
     def _try(self, row: int, tree: Tree, number: int) -> int | None:
         """Plan one simulation, if the tree has room and the row's budget reaches for it."""
         task = self.task
-        generator: torch.Generator | None = None
+        drawn = itertools.count()
 
         def draw() -> float:
-            nonlocal generator
-            generator = generator or task.streams.generator(row, Purpose.TREE, Purpose.SELECT, number)
-            return float(torch.rand((), generator=generator, dtype=torch.float64))
+            return task.streams.uniform(row, Purpose.TREE, Purpose.SELECT, number, next(drawn))
 
         first = self.config.plan(self, row, number, draw)
         if first is None:

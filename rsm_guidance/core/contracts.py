@@ -80,6 +80,8 @@ class Reward(Protocol):
         differentiable: whether scores carry a gradient to the images; None where only a call can tell.
         requires: names of the columns it needs besides the prompt, such as the text that an image should show.
         share: cost of scoring an image in denoiser evaluations; 0 for all but diffusion reward models.
+
+    One that cannot do without the prompt's text says so by `reads_prompt = True`.
     """
 
     @property

@@ -1,5 +1,6 @@
 """`PipelineDenoiser`: any supported diffusers pipeline as a `core.contracts.Denoiser`."""
 
+import copy
 import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.hooks import remove_hook_from_module
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
@@ -88,6 +90,7 @@ class PipelineDenoiser:
         self._scheduler_state: dict[str, Any] = {}
         self._per_row = 0.0
         self._paused: _Paused | None = None
+        self._wide: Any = None  # the decoder in float32
 
     # --- Denoiser ---
 
@@ -181,12 +184,16 @@ class PipelineDenoiser:
     def decode(self, x0: Tensor, rows: Tensor | None = None) -> Tensor:
         """Clean latents [R, ...] to images [R, 3, H, W] in [0, 1] (videos [R, F, 3, H, W]), differentiable.
 
-        It is the pipeline's own decoder, and inpainting pastes the known region of each row.
+        It is the pipeline's own decoder, and inpainting pastes the known region of each row.  Rewards judge images before
+        safety checkers and watermarks, which are for those handed out.
         """
         wanted = self._repeats.base if rows is None else tuple(rows.tolist())
 
+        plain = self._plain_decoding()
+        x0 = x0.float() if "vae" in plain else x0
+
         def decoded(piece: slice) -> Tensor:
-            images: Tensor = self._zero_step(x0[piece], "pt", wanted[piece])[0]
+            images: Tensor = self._zero_step(x0[piece], "pt", wanted[piece], plain)[0]
             return images
 
         self._decoding.size = min(self._decoding.size, max(1, _DECODED_AT_ONCE // x0[0].numel()))
@@ -203,7 +210,7 @@ class PipelineDenoiser:
                 pause = self._resume(paused.loop, x0)
                 if isinstance(pause, Done):
                     return pause.output
-        return self._zero_step(x0, str(self._repeats.call.get("output_type", "pil")), base)
+        return self._zero_step(x0, None, base)
 
     @property
     def token_grid(self) -> tuple[int, int] | None:
@@ -347,12 +354,27 @@ class PipelineDenoiser:
         finally:
             self.evaluations += loop.evaluations - before
 
-    def _zero_step(self, x0: Tensor, output_type: str, rows: tuple[int, ...]) -> Any:
+    def _plain_decoding(self) -> dict[str, Any]:
+        """Stand-ins for what comes after the decoder, and under gradient for one that stock casts up and back again."""
+        stand_ins = {n: None for n in ("watermark", "watermarker") if hasattr(self.pipe, n)}
+        if hasattr(self.pipe, "run_safety_checker"):
+            stand_ins["safety_checker"] = None
+        vae: Any = getattr(self.pipe, "vae", None)
+        if torch.is_grad_enabled() and isinstance(vae, torch.nn.Module) and vae.dtype == torch.float16:
+            if getattr(vae.config, "force_upcast", False):
+                if self._wide is None:
+                    self._wide = remove_hook_from_module(copy.deepcopy(vae), recurse=True).float()
+                stand_ins["vae"] = self._wide.to(self._started().latents.device)
+        return stand_ins
+
+    def _zero_step(
+        self, x0: Tensor, output_type: str | None, rows: tuple[int, ...], stand_ins: Mapping[str, Any] | None = None
+    ) -> Any:
         """The stock output of a call with every step skipped: decodes x0 [R, ...] of some rows."""
-        call = self._repeats.of(rows) | {"output_type": output_type, "callback": None, "callback_on_step_end": None}
-        loop = self._new_loop(
-            {k: v for k, v in call.items() if v is not None or k in self._repeats.call}, rows, x0, self.steps
-        )
+        call = self._repeats.of(rows) | {"callback": None, "callback_on_step_end": None}
+        call |= {} if output_type is None else {"output_type": output_type}
+        call = {k: v for k, v in call.items() if v is not None or k in self._repeats.call}
+        loop = self._new_loop(call, rows, x0, self.steps, stand_ins)
         pause = loop.resume()
         while not isinstance(pause, Done):
             pause = loop.resume()

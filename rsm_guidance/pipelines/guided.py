@@ -2,12 +2,13 @@
 
 import functools
 import inspect
+import operator
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
@@ -18,17 +19,17 @@ from rsm_guidance.core.ledger import Budget, Ledger
 from rsm_guidance.core.random import Purpose, RandomStreams
 from rsm_guidance.engine import PipelineDenoiser
 from rsm_guidance.engine.families import prompts_of
-from rsm_guidance.rewards import resolve_reward
+from rsm_guidance.rewards import name_of, resolve_reward
 from rsm_guidance.samplers import Monitor, Progress, Sampler, SamplerOutput, Task, Watch, parse_sampler, run
 from rsm_guidance.values import ESTIMATORS, Tweedie, resolve_value
 
 
 @dataclass
 class GuidedPipelineOutput(BaseOutput):
-    """Output of a guided call.
+    """Output of a guided call: what the stock call returns, under its own names (`frames`, `nsfw_content_detected`), and ours.
 
     Attributes:
-        images: the images, in the output type asked for.
+        images: the images or videos, in the output type asked for.
         rewards: float per image by the final judge, or None without one.
         ledger: what the call spent.
         trace: JSON-serialisable record of every candidate, score and choice.
@@ -39,12 +40,21 @@ class GuidedPipelineOutput(BaseOutput):
     ledger: Ledger
     trace: dict[str, Any]
 
+    @classmethod
+    def of(cls, stock: BaseOutput, **ours: Any) -> "GuidedPipelineOutput":
+        """The output of a stock call, by its own names, and ours; the first of its entries is also `images`."""
+        output = cls(stock.to_tuple()[0], **ours)
+        for name, entry in stock.items():
+            output[name] = entry
+        return output
+
 
 _KINDS: dict[str, Any] = {
     "sampler": Sampler | str | None,
     "reward": Reward | Callable[..., Any] | str | None,
     "value": ValueSource | Callable[..., Any] | str | None,
     "budget": Budget | float | None,
+    "reward_prompt": str | list[str] | None,
     "seed": int | None,
     "on_step": Callable[[Progress], None] | None,
     "monitor": Monitor | Reward | Callable[..., Any] | str | None,
@@ -65,10 +75,11 @@ _ARGUMENTS = """
                 in the trace, and able to stop a run that over-optimises.
             reward_columns (`dict`, *optional*): what the reward requires besides prompts, a list with one entry per prompt
                 for each name.
+            reward_prompt (`str` or list, *optional*): what the reward is told instead of the prompt; needed by rewards that
+                read the prompt where it is given as embeddings.
             seed (`int`, *optional*): names all random numbers; the same seed gives the same image for a prompt,
                 whatever the batch (image-conditioned stock calls without a sampler excepted). Instead of `generator`.
-            on_step (`Callable`, *optional*): receives a `Progress` after every level. (Samplers jump between levels, so that
-                a stock callback function does not see every step exactly once; this does.)
+            on_step (`Callable`, *optional*): receives a `Progress` after every level.
 """
 
 
@@ -76,8 +87,9 @@ _ARGUMENTS = """
 def reward_guided(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
     """The reward-guided subclass of a pipeline class.
 
-    It keeps the stock signature and adds the keyword arguments sampler, reward, value, budget, seed, on_step, monitor and
-    reward_columns.
+    It keeps the stock signature and adds the keyword arguments sampler, reward, value, budget, reward_prompt, seed, on_step,
+    monitor and reward_columns.  It also keeps the stock name, by which diffusers finds the classes of other tasks and
+    anyone can load what it saves; only its qualified name is ours.
     """
     stock_call = base.__call__
     signature = inspect.signature(stock_call)
@@ -113,27 +125,28 @@ def reward_guided(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
         shared: DiffusionPipeline = super(guided, cls).from_pipe(pipeline, **kwargs)  # type: ignore[misc]
         return shared
 
-    def save_pretrained(self: DiffusionPipeline, save_directory: str | Path, **kwargs: Any) -> None:
-        """Save under the stock class's name, so that the folder loads everywhere, with or without this package."""
-        if kwargs.get("push_to_hub"):
-            raise ValueError("save_pretrained corrects the folder after writing it; save first, then upload the folder")
-        super(guided, self).save_pretrained(save_directory, **kwargs)
-        index = Path(save_directory) / "model_index.json"
-        index.write_text(index.read_text().replace(f'"{guided.__name__}"', f'"{base.__name__}"'))
+    def __reduce_ex__(self: DiffusionPipeline, protocol: Any) -> tuple[Any, ...]:
+        return _new, (base,), self.__dict__  # a class made here cannot be found by its name
 
     guided: type[DiffusionPipeline] = type(
-        f"RewardGuided{base.__name__}",
+        base.__name__,
         (base,),
         {
             "__call__": __call__,
+            "__reduce_ex__": __reduce_ex__,
+            "__qualname__": f"RewardGuided{base.__name__}",
             "__doc__": f"`{base.__name__}` that samples under reward guidance when given a `sampler`.",
             "__module__": __name__,
             "from_pipe": classmethod(from_pipe),
-            "save_pretrained": save_pretrained,
             "stock_call": stock_call,
         },
     )
     return guided
+
+
+def _new(base: type[DiffusionPipeline]) -> DiffusionPipeline:
+    cls: Any = reward_guided(base)
+    return cls.__new__(cls)
 
 
 def _call(
@@ -143,7 +156,7 @@ def _call(
     sampler: Sampler | str | None,
     **ours: Any,
 ) -> Any:
-    seed, generator = ours.pop("seed", None), call.get("generator")
+    seed, generator = _integer(ours.pop("seed", None)), call.get("generator")
     if sampler is not None:
         _check_prompt(call)
     prompts = prompts_of(call)
@@ -161,7 +174,11 @@ def _call(
                 f"{given[0]} has no effect without a sampler; pass sampler='none' to score unguided samples"
             )
         return stock_call(pipe, **call)
-    return _guided(pipe, call, streams, parse_sampler(sampler) if isinstance(sampler, str) else sampler, **ours)
+    chosen = parse_sampler(sampler) if isinstance(sampler, str) else sampler
+    with torch.inference_mode(
+        False
+    ):  # under it nothing could be differentiated, and no tensor says whether it was changed
+        return _guided(pipe, {n: _ordinary(v) for n, v in call.items()}, streams, chosen, **ours)
 
 
 def _guided(
@@ -175,26 +192,28 @@ def _guided(
     on_step: Callable[[Progress], None] | None = None,
     monitor: Any = None,
     reward_columns: dict[str, list[Any]] | None = None,
+    reward_prompt: str | list[str] | None = None,
 ) -> Any:
     final, source = scoring(reward, value, pipe)
     count = len(streams.names)
     ledger = Ledger(budget if isinstance(budget, Budget) else Budget(evaluations=budget), images=count)
     columns = _columns(reward_columns or {}, count)
+    texts = _texts(call, reward_prompt, count, final)
     with torch.no_grad(), closing(PipelineDenoiser(pipe, call)) as denoiser:
-        task = Task(denoiser, streams, ledger, final, source, columns=columns)
+        task = Task(denoiser, streams, ledger, final, source, columns=columns, prompts=texts)
         if monitor is not None:
             watching = monitor if isinstance(monitor, Monitor) else Monitor(resolve_reward(monitor, pipe))
-            task.watch = Watch(watching, denoiser.prompts, columns)
+            task.watch = Watch(watching, texts or denoiser.prompts, columns)
         output = _sampled(pipe, sampler, task, on_step)
-        images = denoiser.finish(output.latents)
+        stock = denoiser.finish(output.latents)
     if call.get("output_type") != "latent":
         ledger.decodes += count
     ledger.finish()
     output.trace["ledger"] = ledger.to_dict()  # now with the final decode
     if call.get("return_dict") is False:
-        return images
+        return stock.to_tuple()
     rewards = None if output.rewards is None else output.rewards.tolist()
-    return GuidedPipelineOutput(images[0], rewards, output.ledger, output.trace)
+    return GuidedPipelineOutput.of(stock, rewards=rewards, ledger=output.ledger, trace=output.trace)
 
 
 def scoring(reward: Any, value: Any, pipe: DiffusionPipeline) -> tuple[Reward | None, ValueSource | None]:
@@ -216,6 +235,17 @@ def scoring(reward: Any, value: Any, pipe: DiffusionPipeline) -> tuple[Reward | 
             f"{type(source).__name__} estimates the images that a reward is to score; pass a reward as well"
         )
     return final or getattr(source, "reward", None), source
+
+
+def _texts(call: dict[str, Any], told: str | list[str] | None, count: int, reward: Reward | None) -> list[str]:
+    """What the reward is told of every image, where that is not the prompt; else empty."""
+    if told is not None:
+        return _columns({"reward_prompt": [told] if isinstance(told, str) else told}, count)["reward_prompt"]
+    if call.get("prompt") is None and getattr(reward, "reads_prompt", False):
+        raise UsageError(
+            f"the reward {name_of(reward)} reads the prompt, which is not given as text; pass reward_prompt="
+        )
+    return []
 
 
 def _columns(columns: dict[str, list[Any]], count: int) -> dict[str, list[Any]]:
@@ -251,15 +281,34 @@ def _check_prompt(call: dict[str, Any]) -> None:
     prompt = call.get("prompt")
     if prompt is None:
         if any(name.startswith("prompt_embeds") and v is not None for name, v in call.items()):
-            raise ValueError("guided sampling needs the prompt as text, to key its random numbers and to score images")
+            return
         raise ValueError("no prompt was given; pass prompt='...'")
     if not isinstance(prompt, str | list | tuple) or len(prompt) == 0 and not isinstance(prompt, str):
         raise ValueError(f"a prompt must be text or a list of texts; got {prompt!r}")
     for p in [prompt] if isinstance(prompt, str) else prompt:
         if not isinstance(p, str):
             raise ValueError(f"a prompt must be text; got {type(p).__name__}")
-        if not p.strip():
-            raise ValueError("the prompt is empty; there is nothing to guide towards")
+
+
+def _ordinary(argument: Any) -> Any:
+    """An argument whose tensors autograd can use, also where they were made under inference mode."""
+    if isinstance(argument, torch.Tensor):
+        return argument.clone() if argument.is_inference() else argument
+    if isinstance(argument, list | tuple) and any(isinstance(a, torch.Tensor) for a in argument):
+        return type(argument)(map(_ordinary, argument))
+    return argument
+
+
+def _integer(seed: Any) -> int | None:
+    """A seed as a number: integers of Python, numpy and torch name the same stream."""
+    if seed is None:
+        return None
+    try:
+        if isinstance(seed, bool | np.bool_) or getattr(seed, "dtype", None) is torch.bool:
+            raise TypeError
+        return operator.index(seed)
+    except TypeError as error:
+        raise UsageError(f"a seed is a whole number; got {seed!r}") from error
 
 
 def _seed_of(generator: torch.Generator | list[torch.Generator] | None) -> int:

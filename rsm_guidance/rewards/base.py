@@ -47,6 +47,10 @@ class FunctionReward:
     def share(self) -> float:
         return float(getattr(self.function, "share", 0.0))
 
+    @property
+    def reads_prompt(self) -> bool:
+        return bool(getattr(self.function, "reads_prompt", False))
+
     def __call__(self, images: Tensor, prompts: list[str], **columns: list[Any]) -> Tensor:
         scores: Tensor = self.function(images, prompts, **{name: columns[name] for name in self.requires})
         return scores

@@ -89,6 +89,11 @@ class Composite:
         return tuple(dict.fromkeys(name for t in self.terms for name in t.reward.requires))
 
     @property
+    def reads_prompt(self) -> bool:
+        """Whether any term cannot do without the prompt."""
+        return any(getattr(t.reward, "reads_prompt", False) for t in self.terms)
+
+    @property
     def share(self) -> float:
         """Cost of scoring an image in denoiser evaluations, of all terms together."""
         return sum(t.reward.share for t in self.terms)
@@ -104,6 +109,7 @@ class Composite:
         for term in self.terms:
             own = {name: columns[name] for name in term.reward.requires}
             plain = torch.as_tensor(term.reward(images, prompts, **own))
+            plain = plain if plain.is_floating_point() else plain.double()
             if plain.shape != (len(prompts),):
                 raise RewardError(f"{term.reward.name} returned shape {list(plain.shape)} for {len(prompts)} images")
             score = normalized(plain, prompts, self.normalize)

@@ -46,6 +46,7 @@ class Task:
         progress: called after every level.
         watch: a gold reward that sees finished images, or None; it sees as many as the budget has decodes for.
         columns: what the reward needs besides prompts, B entries each.
+        prompts: what the reward is told of every image; by default the denoiser's prompts.
         guided_levels: levels that are guided, from the noisiest; None for all.  The planner lowers it to meet a budget.
     """
 
@@ -57,10 +58,12 @@ class Task:
     progress: Callable[[Progress], None] | None = None
     watch: Watch | None = None
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    prompts: Sequence[str] = ()
     guided_levels: int | None = None
 
     def __post_init__(self) -> None:
         inner: Denoiser = self.denoiser
+        self.prompts = self.prompts or inner.prompts
         self.denoiser = MeteredDenoiser(inner, self.ledger)
         self.reward = None if self.reward is None else self.bound_reward(self.reward)
         self.value = None if self.value is None else self.bound_value(self.value)
@@ -69,7 +72,7 @@ class Task:
         """A reward that knows the rows of this task, metered."""
         found = as_reward(reward)
         check_columns(found, self.columns, self.count)
-        return RowReward(MeteredReward(found, self.ledger), self.denoiser.prompts, self.columns)
+        return RowReward(MeteredReward(found, self.ledger), self.prompts, self.columns)
 
     def bound_value(self, value: Any) -> MeteredValue:
         """A `Value`, or that of a `ValueSource` for this task, metered."""

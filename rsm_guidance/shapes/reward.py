@@ -29,6 +29,7 @@ class VerifierReward:
     requires: tuple[str, ...] = ()
     share: float = 0.0
     image_size: int = IMAGE_SIZE
+    reads_prompt: bool = True
 
     def __call__(self, images: Tensor, prompts: list[str], **columns: list[Any]) -> Tensor:
         found = [verify(image, p) for image, p in zip(to_uint8(images).numpy(), prompts, strict=True)]

@@ -172,7 +172,7 @@ def test_callback_inputs(name: str) -> None:
     seen: list[tuple[int, list[str]]] = []
 
     def watch(pipe: DiffusionPipeline, index: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
-        assert type(pipe).__name__.startswith("RewardGuided") and 0 <= index < pipe.num_timesteps
+        assert type(pipe).__qualname__.startswith("RewardGuided") and 0 <= index < pipe.num_timesteps
         seen.append((index, list(tensors)))
         return tensors
 

@@ -30,7 +30,7 @@ from rsm_guidance.shapes import parse_caption, verify
 
 EXAMPLES = (  # one of each category of the grammar
     "a green triangle left of a red star",
-    "two red circles and a blue square",
+    "two blue squares and a yellow star",
     "a blue square and a yellow triangle",
     "a circle with a star",
     "a photo of a purple cross",

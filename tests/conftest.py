@@ -1,14 +1,12 @@
 """Shared fixtures: the embedded pipeline, small and loaded once."""
 
-import os
-
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 
 import rsm_guidance as rg
 
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

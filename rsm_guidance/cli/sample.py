@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Sample:
     """Make one image under guidance.
 
-    rsm-guidance sample "two red circles and a blue square" --out out.png
+    rsm-guidance sample "two blue squares and a yellow star" --out out.png
 
     rsm-guidance sample "a red star" --sampler best-of-n --candidates 8 --seed 3 --trace trace.json
 

@@ -14,7 +14,7 @@ from rsm_guidance.core.errors import UsageError
 class Score:
     """Score images under a prompt; one JSON object per image.
 
-    rsm-guidance score out.png --prompt "two red circles and a blue square" --reward shapes-verifier
+    rsm-guidance score out.png --prompt "two blue squares and a yellow star" --reward shapes-verifier
     """
 
     images: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE...")]

@@ -28,6 +28,9 @@ def test_names_are_the_same_on_every_machine() -> None:
     assert derive_seed(0, "a red circle", 0, "noise") == 1140095999733085339
     drawn = torch.randn(3, generator=generator_of(0, "a red circle", 0, "noise"))
     assert drawn.tolist() == pytest.approx([0.4763, -0.3095, -1.7052], abs=1e-4)
+    streams = RandomStreams.for_prompts(0, ["a red circle"])
+    assert streams.normal(0, (3,), "noise").tolist() == pytest.approx([-1.1267, -0.8151, -0.2623], abs=1e-4)
+    assert streams.uniform(0, "noise") == pytest.approx(0.7539816644291295, abs=1e-12)
 
 
 @settings(max_examples=30, deadline=None)

@@ -2,8 +2,13 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
+
+from rsm_guidance.shapes.verify import verify
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -25,6 +30,14 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         if not target.startswith(("http:", "https:")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_readmes_first_picture_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    variables: dict[str, Any] = {"__name__": "example"}
+    exec(compile(str(EXAMPLES[0].values[0]), "example", "exec"), variables)
+    image = np.asarray(Image.open("guided.png"))
+    assert verify(image, variables["call"]["prompt"]).correct
 
 
 def test_the_readme_is_one_page() -> None:

@@ -62,9 +62,9 @@ def test_tree_sampling_finds_the_tilted_posterior_and_the_published_form_does_no
 def test_where_values_mislead_its_log_normalizer_is_less_biased_than_that_of_fk_steering() -> None:
     """This alone: at equal cost FK steering has the smaller error of E*[r], and on the easy case of log Z, too."""
     log_z, _ = exact(RARE)
-    tree = run(TreeSampling(192, transition=A), problem(60, RARE))
-    particles = math.ceil(tree.ledger.denoiser_evaluations / 60 / SCHEDULE.steps)
-    fk = run(FKSteering(particles, transition=A), problem(60, RARE))
+    tree = run(TreeSampling(192, transition=A), problem(150, RARE))
+    particles = math.ceil(tree.ledger.denoiser_evaluations / 150 / SCHEDULE.steps)
+    fk = run(FKSteering(particles, transition=A), problem(150, RARE))
     biases = [abs(float(measured(output, log_z)[1].log().mean())) for output in (tree, fk)]
     assert biases[0] < biases[1]
 

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from accelerate.hooks import remove_hook_from_module
 from diffusers import DiffusionPipeline
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
 from rsm_guidance.core.contracts import StopRequested
 from rsm_guidance.core.schedule import NoiseSchedule, Prediction
+from rsm_guidance.engine.callbacks import NAMES as CALLBACKS
+from rsm_guidance.engine.callbacks import Callbacks, replayed
 from rsm_guidance.engine.families import denoisers_of, require_drivable, stock_call_of
-from rsm_guidance.engine.loop import Done, Pause, Start, Step, StockLoop
+from rsm_guidance.engine.loop import Done, Pause, Start, Step, StockLoop, stop_asked_of
 from rsm_guidance.engine.memory import MicroBatch, under_gradient
 from rsm_guidance.engine.restart import Repeats
 from rsm_guidance.engine.schedulers import Levels, read_levels, refusal
@@ -91,6 +92,10 @@ class PipelineDenoiser:
         self._per_row = 0.0
         self._paused: _Paused | None = None
         self._wide: Any = None  # the decoder in float32
+        self._callbacks = Callbacks()
+        self.aside = self._callbacks.aside
+        if stop_asked_of(pipe):  # of a call before this one
+            pipe._interrupt = False
 
     # --- Denoiser ---
 
@@ -210,7 +215,7 @@ class PipelineDenoiser:
                 pause = self._resume(paused.loop, x0)
                 if isinstance(pause, Done):
                     return pause.output
-        return self._zero_step(x0, None, base)
+        return self._zero_step(x0, None, base, told=True)
 
     @property
     def token_grid(self) -> tuple[int, int] | None:
@@ -249,10 +254,7 @@ class PipelineDenoiser:
         It is apart from the paused call.  A callback of the caller's own is left out, diffusers' stay.
         """
         self.initial()
-        call = self._repeats.of(rows)
-        if not isinstance(call.get("callback_on_step_end"), PipelineCallback | MultiPipelineCallbacks):
-            call.pop("callback_on_step_end", None)
-        call.pop("callback", None)
+        call = {k: v for k, v in self._repeats.of(rows).items() if k not in CALLBACKS or replayed(v)}
         loop = self._new_loop(call, rows, x, stand_ins=stand_ins)
         try:
             _start_of(loop)
@@ -267,7 +269,10 @@ class PipelineDenoiser:
 
     def over(self, pipe: DiffusionPipeline | None) -> "PipelineDenoiser":
         """The denoiser of another pipeline, or of this one, for the same call; closed with this one."""
-        other = PipelineDenoiser(pipe or self.pipe, self._repeats.call)
+        call, stop_asked = self._repeats.call, stop_asked_of(self.pipe)
+        other = PipelineDenoiser(pipe or self.pipe, {k: v for k, v in call.items() if k not in CALLBACKS or replayed(v)})
+        if stop_asked:
+            self.pipe._interrupt = True
         self._others.append(other)
         return other
 
@@ -316,7 +321,7 @@ class PipelineDenoiser:
         skip: int = 0,
         stand_ins: Mapping[str, Any] | None = None,
     ) -> StockLoop:
-        return StockLoop(self.pipe, call, latents, skip, self._repeats.encoder(rows), stand_ins)
+        return StockLoop(self.pipe, call, self._callbacks, rows, latents, skip, self._repeats.encoder(rows), stand_ins)
 
     def _restart(
         self, call: dict[str, Any], rows: tuple[int, ...], latents: Tensor | None = None, skip: int = 0
@@ -331,12 +336,20 @@ class PipelineDenoiser:
 
     def _advance(self, paused: _Paused, x: Tensor | None) -> Step:
         """Run to the next `scheduler.step`: the pending one (x is None), or the one after handing over x."""
+        stopped = f"{type(self.pipe).__name__} was interrupted"
+        if stop_asked_of(self.pipe):
+            raise StopRequested(stopped)
         before = paused.loop.evaluations
-        pause = self._resume(paused.loop, x)
+        try:
+            pause = self._resume(paused.loop, x)
+        except Exception as error:  # stock runs to its end and decodes, as it cannot under gradient
+            if not paused.loop.interrupted:
+                raise
+            raise StopRequested(stopped) from error
         if not isinstance(pause, Step):
             self._paused = None
             if paused.loop.interrupted:
-                raise StopRequested(f"a callback interrupted {type(self.pipe).__name__}")
+                raise StopRequested(stopped)
             raise ValueError(
                 f"{type(self.pipe).__name__} ended without calling scheduler.step; the engine needs a pipeline with "
                 "one denoising loop and num_inference_steps > 0"
@@ -368,12 +381,19 @@ class PipelineDenoiser:
         return stand_ins
 
     def _zero_step(
-        self, x0: Tensor, output_type: str | None, rows: tuple[int, ...], stand_ins: Mapping[str, Any] | None = None
+        self,
+        x0: Tensor,
+        output_type: str | None,
+        rows: tuple[int, ...],
+        stand_ins: Mapping[str, Any] | None = None,
+        told: bool = False,
     ) -> Any:
-        """The stock output of a call with every step skipped: decodes x0 [R, ...] of some rows."""
-        call = self._repeats.of(rows) | {"callback": None, "callback_on_step_end": None}
-        call |= {} if output_type is None else {"output_type": output_type}
-        call = {k: v for k, v in call.items() if v is not None or k in self._repeats.call}
+        """The stock output of a call with every step skipped: decodes x0 [R, ...] of some rows.
+
+        The callback is `told` of the last step, where these are the final latents.
+        """
+        call = self._repeats.of(rows) | ({} if output_type is None else {"output_type": output_type})
+        call = call if told else {k: v for k, v in call.items() if k not in CALLBACKS}
         loop = self._new_loop(call, rows, x0, self.steps, stand_ins)
         pause = loop.resume()
         while not isinstance(pause, Done):

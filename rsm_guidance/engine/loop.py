@@ -6,6 +6,7 @@ look exactly as they did before the call: their attributes are exchanged at ever
 up when a loop is abandoned, and the pipeline can be used for other things meanwhile.
 """
 
+import copy
 import functools
 import inspect
 import warnings
@@ -15,11 +16,11 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor
 
+from rsm_guidance.engine.callbacks import Callbacks, ForEveryRow, replayed
 from rsm_guidance.engine.families import denoisers_of, stock_call_of, traits_of, uses_guidance
 
 
@@ -98,37 +99,20 @@ def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     return len(args[0] if args else next(kwargs[n] for n in ("hidden_states", "sample", "x") if n in kwargs))
 
 
-def _become(target: object, attributes: dict[str, Any]) -> None:
-    """Replace an object's attributes; complete at every moment, should a signal arrive in between."""
-    current = vars(target)
-    current.update(attributes)
-    for name in current.keys() - attributes.keys():
-        del current[name]
+def stop_asked_of(pipe: DiffusionPipeline) -> bool:
+    """Whether someone, perhaps in another thread, has set the flag by which stock calls end early."""
+    return vars(pipe).get("_interrupt") is True
 
 
-class _ForEveryRow(PipelineCallback):
-    """A callback that keeps the conditioning of every row.
+def _become(pipe: DiffusionPipeline, attributes: dict[str, Any]) -> None:
+    """Replace a pipeline's attributes; complete at every moment, should a signal arrive in between.
 
-    diffusers' callbacks that switch guidance off keep the last row, `[-1:]`, which is all conditioning that a single image
-    has; of several images it is that of the last one only, under which the call fails or draws them all alike.
+    The flag that asks for an early end stays as it is: another thread may set it at any time.
     """
-
-    def __init__(self, stock: PipelineCallback | MultiPipelineCallbacks, rows: Callable[[], int]) -> None:
-        self._stock, self._rows = stock, rows
-
-    @property
-    def tensor_inputs(self) -> list[str]:
-        inputs: list[str] = self._stock.tensor_inputs
-        return inputs
-
-    def __call__(self, pipeline: Any, step_index: int, timestep: Tensor, callback_kwargs: dict[str, Any]) -> Any:
-        before, rows = dict(callback_kwargs), self._rows()
-        after = self._stock(pipeline, step_index, timestep, callback_kwargs)
-        for name, old in before.items():
-            new = after.get(name)
-            if isinstance(new, Tensor) and len(new) == 1 < rows <= len(old) and torch.equal(new, old[-1:]):
-                after[name] = old[-rows:]
-        return after
+    current = vars(pipe)
+    current.update({n: v for n, v in attributes.items() if n != "_interrupt"})
+    for name in current.keys() - attributes.keys() - {"_interrupt"}:
+        del current[name]
 
 
 class StockLoop:
@@ -138,6 +122,8 @@ class StockLoop:
         pipe: the pipeline; its class's own `__call__` runs, without the `no_grad` around it, so that the caller's
             gradient mode holds.
         call: keyword arguments of that `__call__`.
+        callbacks: remember what the caller's callback was told.
+        rows: of the call.
         latents: what the loop starts from, instead of the latents that the call prepares.
         skip: number of leading steps to skip without calling the denoiser.
         encode_prompt: replaces `pipe.encode_prompt` during the call; it receives the original as first argument.
@@ -152,6 +138,8 @@ class StockLoop:
         self,
         pipe: DiffusionPipeline,
         call: dict[str, Any],
+        callbacks: Callbacks,
+        rows: tuple[int, ...],
         latents: Tensor | None = None,
         skip: int = 0,
         encode_prompt: Callable[..., Any] | None = None,
@@ -163,23 +151,26 @@ class StockLoop:
         self.own_steps = False
         self._override = latents
         traits = traits_of(pipe)
-        # diffusers' own callbacks change the run at certain steps, so they must see the steps that a jump passes, too.
-        callback = call.get("callback_on_step_end")
-        replayed = isinstance(callback, PipelineCallback | MultiPipelineCallbacks)
-        self._blank = min(skip, int(traits.blends)) if traits.interrupts and not replayed else skip
-        self._jump = skip - self._blank
         self._call = dict(call)
-        if replayed:
-            self._call["callback_on_step_end"] = _ForEveryRow(callback, self._rows)
-        for name in ("callback", "callback_on_step_end"):
-            if self._blank and call.get(name) is not None and not replayed:
-                self._call[name] = self._callback(call[name])
-        self._skipping = True
+        end, old = call.get("callback_on_step_end"), call.get("callback")
+        # diffusers' own callbacks change the run at certain steps, so they must see the steps that a jump passes, too;
+        # others are told of the latents that the jump ends with.
+        passes = replayed(end)
+        if passes:
+            self._call["callback_on_step_end"] = ForEveryRow(end, self._rows)
+        elif end is not None:
+            self._call["callback_on_step_end"] = callbacks.bound(end, rows, skip)
+        if old is not None:
+            self._call["callback"] = callbacks.plain(old, rows, skip)
+        ends = traits.blends or old is not None or (end is not None and not passes)
+        self._blank = min(skip, int(ends)) if traits.interrupts and not passes else skip
+        self._jump = skip - self._blank
         self._latents: Tensor | None = None
         self._size: tuple[int, int] | None = None
         self._denoisers = denoisers_of(pipe)
         self._inner_pipe: dict[str, Any] = dict(vars(pipe))
-        self._inner_scheduler: dict[str, Any] = dict(vars(pipe.scheduler))
+        self._scheduler: Any = copy.copy(pipe.scheduler)  # others may use the pipeline's meanwhile
+        self._inner_pipe["scheduler"] = self._scheduler
         self._install(encode_prompt)
         stock_call = stock_call_of(type(pipe))
         run = getattr(stock_call, "__wrapped__", stock_call)
@@ -187,7 +178,7 @@ class StockLoop:
 
     def _install(self, encode_prompt: Callable[..., Any] | None) -> None:
         pipe = self.pipe
-        stock_prepare, stock_bar, stock_step = pipe.prepare_latents, pipe.progress_bar, pipe.scheduler.step
+        stock_prepare, stock_bar, stock_step = pipe.prepare_latents, pipe.progress_bar, self._scheduler.step
         draws = "generator" in inspect.signature(stock_step).parameters
 
         @functools.wraps(stock_prepare)
@@ -222,7 +213,6 @@ class StockLoop:
             if self._blank:
                 latents = self._pass_blank()
             else:
-                self._skipping = False
                 latents = self._pause(Step(model_output, sample, timestep))
             # Twice, since one-step pipelines read the second entry, x0; after the last step both are that.
             return (latents, latents) if kwargs.get("return_dict") is False else _SchedulerOutput(latents, latents)
@@ -233,7 +223,7 @@ class StockLoop:
         if encode_prompt is not None and hasattr(pipe, "encode_prompt"):
             stock_encode = pipe.encode_prompt
             inner["encode_prompt"] = functools.wraps(stock_encode)(functools.partial(encode_prompt, stock_encode))
-        self._inner_scheduler["step"] = step
+        self._scheduler.step = step
 
     # --- inside the greenlet ---
 
@@ -283,10 +273,6 @@ class StockLoop:
             vars(self.pipe).update(self._denoisers)
         return self._prepared()
 
-    def _callback(self, stock: Callable[..., Any]) -> Callable[..., Any]:
-        """The caller's callback, which is not called for skipped steps."""
-        return lambda *arguments: arguments[-1] if self._skipping else stock(*arguments)
-
     def _count_step(self, timestep: Tensor) -> None:
         """Advance the scheduler's own counter, on which its `scale_model_input` depends."""
         scheduler = self.pipe.scheduler
@@ -304,14 +290,13 @@ class StockLoop:
 
     def resume(self, latents: Tensor | None = None) -> Pause:
         """Run to the next pause.  Exceptions of the stock call come through, and end the loop."""
-        pipe, scheduler = self.pipe, self.pipe.scheduler
-        outer_pipe, outer_scheduler = dict(vars(pipe)), dict(vars(scheduler))
+        pipe, stop_asked = self.pipe, stop_asked_of(self.pipe)
+        outer = dict(vars(pipe))
         counters = [m.register_forward_pre_hook(self._count, with_kwargs=True) for m in self._denoisers.values()]
         self._greenlet.parent = getcurrent()
         started = bool(self._greenlet)
         try:
             _become(pipe, self._inner_pipe)
-            _become(scheduler, self._inner_scheduler)
             with warnings.catch_warnings():
                 if self._override is not None:
                     warnings.simplefilter("ignore", FutureWarning)  # the first call has shown them
@@ -319,22 +304,24 @@ class StockLoop:
         finally:
             for counter in counters:
                 counter.remove()
-            self._inner_pipe, self._inner_scheduler = dict(vars(pipe)), dict(vars(scheduler))
-            _become(pipe, outer_pipe)
-            _become(scheduler, outer_scheduler)
+            self._inner_pipe = dict(vars(pipe))
+            _become(pipe, outer)
+            if "_interrupt" in vars(pipe):
+                pipe._interrupt = stop_asked or self.interrupted  # and not what stands in for it on a jump
         return pause
 
     def _count(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.evaluations += batch_size(args, kwargs)
+        if getcurrent() is self._greenlet:  # others may use the module meanwhile
+            self.evaluations += batch_size(args, kwargs)
 
     @property
     def interrupted(self) -> bool:
-        """Whether a callback has set `pipe._interrupt`, which asks a stock call to end early."""
+        """Whether `pipe._interrupt` was set inside, which asks a stock call to end early."""
         return self._inner_pipe.get("_interrupt") is True
 
     def scheduler_state(self) -> dict[str, Any]:
         """The scheduler's attributes as the loop left them (sigmas, timesteps)."""
-        return self._inner_scheduler
+        return vars(self._scheduler)
 
     def close(self) -> None:
         """Abandon the loop; the pipeline's offload hooks are released as at the end of a stock call."""

@@ -19,6 +19,7 @@ from rsm_guidance.core.ledger import Budget, Ledger
 from rsm_guidance.core.random import Purpose, RandomStreams
 from rsm_guidance.engine import PipelineDenoiser
 from rsm_guidance.engine.families import prompts_of
+from rsm_guidance.engine.turns import turn_of
 from rsm_guidance.rewards import name_of, resolve_reward
 from rsm_guidance.samplers import Monitor, Progress, Sampler, SamplerOutput, Task, Watch, parse_sampler, run
 from rsm_guidance.values import ESTIMATORS, Tweedie, resolve_value
@@ -113,7 +114,8 @@ def reward_guided(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
         unknown = sorted(call.keys() - set(names))
         if unknown and not open_ended:
             raise TypeError(f"{type(self).__name__} got an unexpected argument {unknown[0]!r}")
-        return _call(self, stock_call, call, **given)
+        with turn_of(self):
+            return _call(self, stock_call, call, **given)
 
     __call__.__signature__ = signature.replace(parameters=[*parameters, *ours])  # type: ignore[attr-defined]
     __call__.__doc__ = (stock_call.__doc__ or "").rstrip() + _ARGUMENTS

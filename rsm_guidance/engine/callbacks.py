@@ -113,7 +113,9 @@ class Callbacks:
         """The callback for a stock call of some rows whose first `skip` steps are jumped over."""
         joined = skip == 0  # whether this call has the earlier edits
 
-        def on_step_end(pipe: DiffusionPipeline, index: int, timestep: Tensor, inputs: dict[str, Any]) -> dict[str, Any]:
+        def on_step_end(
+            pipe: DiffusionPipeline, index: int, timestep: Tensor, inputs: dict[str, Any]
+        ) -> dict[str, Any]:
             nonlocal joined
             if index < skip - 1:
                 return inputs  # of a step that is passed blindly
@@ -158,14 +160,16 @@ class Callbacks:
             return inputs | told.conditioning(rows) | ({"latents": after} if "latents" in inputs else {})
         if self._quiet:
             return inputs
-        before, attributes = dict(inputs), dict(vars(pipe))
-        kept = latents.detach().clone()
+        attributes, kept = dict(vars(pipe)), latents.detach()
+        before = inputs | ({"latents": latents.clone()} if "latents" in inputs else {})  # which may be changed in place
         versions = {n: t._version for n, t in before.items() if isinstance(t, Tensor)}
         result = _every_row(dict(stock(pipe, index, timestep, dict(inputs)) or {}), before, len(rows))
         edited = {
             n: t for n, t in result.items() if t is not before.get(n) or getattr(t, "_version", None) != versions.get(n)
         }
         made = edited.pop("latents", None)
+        if made is None and "latents" in inputs:
+            result["latents"] = latents
         new = {n: v for n, v in vars(pipe).items() if n != "_interrupt" and attributes.get(n) is not v}
         last = earlier or self._before(index)
         self._told[index] = _Told(

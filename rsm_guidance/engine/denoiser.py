@@ -270,7 +270,9 @@ class PipelineDenoiser:
     def over(self, pipe: DiffusionPipeline | None) -> "PipelineDenoiser":
         """The denoiser of another pipeline, or of this one, for the same call; closed with this one."""
         call, stop_asked = self._repeats.call, stop_asked_of(self.pipe)
-        other = PipelineDenoiser(pipe or self.pipe, {k: v for k, v in call.items() if k not in CALLBACKS or replayed(v)})
+        other = PipelineDenoiser(
+            pipe or self.pipe, {k: v for k, v in call.items() if k not in CALLBACKS or replayed(v)}
+        )
         if stop_asked:
             self.pipe._interrupt = True
         self._others.append(other)

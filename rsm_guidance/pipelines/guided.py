@@ -45,8 +45,11 @@ class GuidedPipelineOutput(BaseOutput):
     def of(cls, stock: BaseOutput, **ours: Any) -> "GuidedPipelineOutput":
         """The output of a stock call, by its own names, and ours; the first of its entries is also `images`."""
         output = cls(stock.to_tuple()[0], **ours)
-        for name, entry in stock.items():
-            output[name] = entry
+        for name, entry in vars(stock).items():  # its keys leave out what is None
+            if entry is None:
+                setattr(output, name, None)
+            else:
+                output[name] = entry
         return output
 
 
@@ -196,6 +199,7 @@ def _guided(
     reward_columns: dict[str, list[Any]] | None = None,
     reward_prompt: str | list[str] | None = None,
 ) -> Any:
+    as_tuple = call.pop("return_dict", True) is False
     final, source = scoring(reward, value, pipe)
     count = len(streams.names)
     ledger = Ledger(budget if isinstance(budget, Budget) else Budget(evaluations=budget), images=count)
@@ -212,7 +216,7 @@ def _guided(
         ledger.decodes += count
     ledger.finish()
     output.trace["ledger"] = ledger.to_dict()  # now with the final decode
-    if call.get("return_dict") is False:
+    if as_tuple:
         return stock.to_tuple()
     rewards = None if output.rewards is None else output.rewards.tolist()
     return GuidedPipelineOutput.of(stock, rewards=rewards, ledger=output.ledger, trace=output.trace)

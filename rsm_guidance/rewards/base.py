@@ -113,11 +113,11 @@ def check_columns(reward: Reward, columns: Mapping[str, Sequence[Any]], count: i
             raise UsageError(f"the column {name!r} has {len(columns[name])} entries for {count} images; give one each")
 
 
-def checked_scores(scores: object, count: int, name: str) -> Tensor:
+def checked_scores(scores: object, count: int, name: str, finite: bool = True) -> Tensor:
     """Scores as a float64 vector [count] on the CPU.
 
     Raises:
-        RewardError: if they are not one finite number per item, naming the first offender.
+        RewardError: if they are not one number per item or, where asked for, not `finite`, naming the first offender.
     """
     if isinstance(scores, ScoreDistribution):
         scores = scores.mean
@@ -131,19 +131,19 @@ def checked_scores(scores: object, count: int, name: str) -> Tensor:
             f"shape [{count}]"
         )
     bad = (~tensor.isfinite()).nonzero()
-    if len(bad):
+    if finite and len(bad):
         index = int(bad[0])
         raise RewardError(f"{name} returned {float(tensor[index])} for item {index} of {count}; scores must be finite")
     return tensor
 
 
-def scored(call: Callable[[], object], count: int, name: str) -> Tensor:
+def scored(call: Callable[[], object], count: int, name: str, finite: bool = True) -> Tensor:
     """Run a reward and check what it returns; float64 [count].
 
     What the reward itself raises comes through with its traceback and a note that names the reward.
 
     Raises:
-        RewardError: if it returns anything but one finite score per item.
+        RewardError: if it returns anything but one score per item or, where asked for, one that is not `finite`.
     """
     try:
         scores = call()
@@ -151,7 +151,7 @@ def scored(call: Callable[[], object], count: int, name: str) -> Tensor:
         if not isinstance(error, UsageError):
             error.add_note(f"{CRASH}{name}")
         raise
-    return checked_scores(scores, count, name)
+    return checked_scores(scores, count, name, finite)
 
 
 CRASH = "raised while scoring with "

@@ -125,12 +125,13 @@ def normalized(scores: Tensor, prompts: list[str], how: Literal["none", "zscore"
     """Scores [B] relative to those of the same prompt: standard scores, or ranks in [0, 1] (equal scores share theirs)."""
     if how == "none":
         return scores
-    result = torch.zeros_like(scores)
+    result = torch.where(scores.isfinite(), torch.zeros_like(scores), torch.nan)
     for prompt in dict.fromkeys(prompts):
         index = torch.tensor([i for i, p in enumerate(prompts) if p == prompt], device=scores.device)
+        index = index[scores[index].isfinite()]  # one that is no number stays so, and spoils no other
         group = scores[index]
         if how == "zscore":
-            differ = bool(group.amax() > group.amin())
+            differ = len(group) > 0 and bool(group.amax() > group.amin())
             scaled = (group - group.mean()) / group.std(correction=0) if differ else group - group
         else:
             below = (group[:, None] > group).sum(1) + 0.5 * ((group[:, None] == group).sum(1) - 1)

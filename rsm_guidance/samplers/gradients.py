@@ -7,7 +7,6 @@ from torch import Tensor
 
 from rsm_guidance.core.rows import rows_where
 from rsm_guidance.core.schedule import Prediction
-from rsm_guidance.rewards import scored
 from rsm_guidance.samplers.task import Task
 
 
@@ -48,7 +47,7 @@ def value_and_gradient(
             graph.append(value(x if reads else leaf, level, rows, prediction))
             return graph[0]
 
-        checked = scored(call, len(x), value.name)
+        checked = task.checked(call, rows, value.name)
         total = graph[0].sum()
     if not total.requires_grad:
         raise ValueError(

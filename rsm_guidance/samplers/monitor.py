@@ -5,6 +5,7 @@ far by the proxy.  While the proxy's best rises and its gold score does not, the
 rises in a row a prompt counts as done, and when all are done the run stops and returns its best so far.  (The rule is ours.)
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,17 +63,14 @@ class Watch:
     def see(self, images: Tensor, rows: Tensor, proxy: Tensor) -> None:
         """Finished images [R, ...] of some rows, and their scores [R] by the proxy."""
         reward = RowReward(self.monitor.reward, self.prompts, self.columns)
-        gold = scored(lambda: reward(images, rows), len(images), f"the monitor {reward.name}")
+        gold = scored(lambda: reward(images, rows), len(images), f"the monitor {reward.name}", finite=False)
         for row, by_proxy, by_gold in zip(rows.tolist(), proxy.tolist(), gold.tolist(), strict=True):
             if by_proxy > self.proxy[row]:
-                better = bool(self.proxy[row].isinf()) or by_gold > float(self.gold[row])
+                better = not bool(self.gold[row].isfinite()) or by_gold > float(self.gold[row])
                 self.bad_rounds[row] = 0 if better else self.bad_rounds[row] + 1
                 self.proxy[row], self.gold[row] = by_proxy, by_gold
-        seen = self.proxy > -torch.inf
         columns = {"guide": self.proxy, "monitor": self.gold}
-        self.history.append(
-            {n: [v if s else None for v, s in zip(c.tolist(), seen.tolist(), strict=True)] for n, c in columns.items()}
-        )
+        self.history.append({n: [v if math.isfinite(v) else None for v in c.tolist()] for n, c in columns.items()})
 
     @property
     def stopped(self) -> bool:

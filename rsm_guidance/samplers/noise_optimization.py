@@ -31,7 +31,6 @@ from rsm_guidance.core.random import Purpose
 from rsm_guidance.core.rows import rows_where, scaled
 from rsm_guidance.core.schedule import Prediction
 from rsm_guidance.core.transitions import ODE, GaussianTransition, require_gaussian
-from rsm_guidance.rewards import scored
 from rsm_guidance.samplers import kernel
 from rsm_guidance.samplers.kernel import Info, Result, Sampler, Solution
 from rsm_guidance.samplers.task import Task
@@ -184,7 +183,7 @@ class Climb:
             return graph[0]
 
         name = task.name_of_score()
-        checked = scored(call, len(x0), name)
+        checked = task.checked(call, task.rows, name, final=True)
         self.total = torch.as_tensor(graph[0]).sum()
         if not self.total.requires_grad:
             raise ValueError(

@@ -1,5 +1,6 @@
 """The one driver of every sampling method: budget, deadline, Ctrl-C, progress, trace, and the best so far."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -123,11 +124,12 @@ def _closed(task: Task, result: Result, trace: dict[str, Any]) -> SamplerOutput:
     with _kept(task):
         if rewards is None:
             rewards = task.final_scores(result.latents, task.rows)
-    trace |= result.sections
+    rewards = None if rewards is None else task.failures.closed(rewards)
+    trace |= result.sections | task.failures.record()
     if task.watch is not None:
         trace["monitor"] = {"name": name_of(task.watch.monitor.reward), "history": task.watch.history}
     task.ledger.finish()
-    trace["rewards"] = None if rewards is None else rewards.tolist()
+    trace["rewards"] = None if rewards is None else [r if math.isfinite(r) else None for r in rewards.tolist()]
     trace["ledger"] = task.ledger.to_dict()
     zero = torch.zeros(task.count, dtype=torch.float64)
     weights = zero if result.log_weights is None else result.log_weights

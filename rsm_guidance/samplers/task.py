@@ -17,6 +17,7 @@ from rsm_guidance.core.transitions import GaussianTransition, Transition
 from rsm_guidance.rewards import RowReward, as_reward, check_columns, name_of, scored
 from rsm_guidance.rollouts.collect import initial_generators, initial_noise, interleave, step_noise, take
 from rsm_guidance.rollouts.record import Step
+from rsm_guidance.samplers.failures import Failures
 from rsm_guidance.samplers.monitor import Watch
 
 
@@ -47,6 +48,7 @@ class Task:
         watch: a gold reward that sees finished images, or None; it sees as many as the budget has decodes for.
         columns: what the reward needs besides prompts, B entries each.
         prompts: what the reward is told of every image; by default the denoiser's prompts.
+        failures: scores that were no numbers.
         guided_levels: levels that are guided, from the noisiest; None for all.  The planner lowers it to meet a budget.
     """
 
@@ -59,6 +61,7 @@ class Task:
     watch: Watch | None = None
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     prompts: Sequence[str] = ()
+    failures: Failures = field(default_factory=Failures)
     guided_levels: int | None = None
 
     def __post_init__(self) -> None:
@@ -162,23 +165,33 @@ class Task:
         Whoever goes on from some of these latents takes their part of the prediction along instead of asking again.
 
         Raises:
-            RewardError: if the value returns anything but one finite score per latent.
+            RewardError: if the value returns anything but one score per latent.
         """
         value = self.value
         reads = value.reads_prediction and level < self.steps
         prediction = self.predict(x, level, rows) if reads else None
-        return scored(lambda: value(x, level, rows, prediction), len(x), value.name), prediction
+        return self.checked(lambda: value(x, level, rows, prediction), rows, value.name), prediction
+
+    def checked(self, call: Callable[[], object], rows: Tensor, name: str, final: bool = False) -> Tensor:
+        """The scores [R] that a call returns for latents of rows [R], where those that are no numbers lose.
+
+        Raises:
+            RewardError: if it returns anything but one score per latent, or no number at all.
+        """
+        scores = scored(call, len(rows), name, finite=False)
+        self.failures.judged |= final and bool(scores.isfinite().any())
+        return self.failures.outranked(scores, rows.cpu(), name)
 
     def final_scores(self, x0: Tensor, rows: Tensor) -> Tensor | None:
         """Checked scores [R] of finished latents by the reward, else by the value at the clean level; None without."""
         if self.reward is None and self.value is None:
             return None
         if self.reward is None:
-            scores = self.score(x0, self.steps, rows)[0]
+            scores = self.checked(lambda: self.value(x0, self.steps, rows), rows, self.value.name, final=True)
             self.show(x0, rows, scores)
             return scores
         images = self.denoiser.decode(x0, rows)
-        scores = scored(lambda: self.reward(images, rows), len(x0), self.reward.name)
+        scores = self.checked(lambda: self.reward(images, rows), rows, self.reward.name, final=True)
         self.show(x0, rows, scores, images)
         return scores
 

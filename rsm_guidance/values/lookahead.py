@@ -82,7 +82,10 @@ class LookaheadValue(EstimatedValue):
         stops = torch.linspace(level, schedule.steps, steps + 1).round().long().tolist()
         if not self.reads_prediction:
             prediction = None
-        with self.adapter(), getattr(scout, "aside", nullcontext)():  # no steps of the run: callbacks do not hear of them
+        with (
+            self.adapter(),
+            getattr(scout, "aside", nullcontext)(),
+        ):  # no steps of the run: callbacks do not hear of them
             for at, target in zip(stops[:-1], stops[1:], strict=True):
                 prediction = prediction or scout.predict(x, at, rows)
                 x = prediction.x0 if target == schedule.steps else ODE()(prediction, schedule, at, target).center

@@ -134,7 +134,7 @@ def test_rows_keep_their_images_of_a_batch(name: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["sd15", "sana", "sd15_inpaint", "sd3_inpaint", "sd15_controlnet"])
-def test_callbacks_do_not_see_skipped_steps(name: str) -> None:
+def test_callbacks_are_told_of_the_latents_a_jump_ends_with_and_of_no_step_before(name: str) -> None:
     seen: list[int] = []
 
     def watch(pipe: DiffusionPipeline, index: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -144,8 +144,14 @@ def test_callbacks_do_not_see_skipped_steps(name: str) -> None:
     with opened(name, callback_on_step_end=watch) as (denoiser, _):
         x = denoiser.initial().clone()
         denoiser.predict(x, denoiser.steps - 1)
+        denoiser.predict(x.clone(), denoiser.steps - 1)
         denoiser.decode(x)
-        assert seen == []
+        assert seen == [denoiser.steps - 2], "once of the same latents"
+        denoiser.predict(x + 1, denoiser.steps - 1)
+        assert seen == [denoiser.steps - 2] * 2
+        with denoiser.aside():
+            denoiser.predict(x - 1, denoiser.steps - 1)
+        assert len(seen) == 2
 
 
 def test_closing_unwinds_the_call_and_frees_the_hooks_once(monkeypatch: pytest.MonkeyPatch) -> None:

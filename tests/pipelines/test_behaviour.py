@@ -62,15 +62,33 @@ def test_stock_arguments(name: str, extra: dict[str, Any]) -> None:
     same_as_stock(build(name), call)
 
 
-def test_embeddings_instead_of_text_are_stock_without_a_sampler_and_refused_with_one() -> None:
-    pipe, call = build("sdxl"), ZOO["sdxl"].call()
-    text, _ = call.pop("prompt"), call.pop("negative_prompt", None)
+def test_embeddings_instead_of_text_are_guided_alike_and_the_reward_is_told_a_prompt_apart() -> None:
+    pipe, text = build("sdxl"), ZOO["sdxl"].call() | {"prompt": ["a cat", "a dog"], "output_type": "np"}
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    told: list[list[str]] = []
+
+    def reward(images: Tensor, prompts: list[str]) -> Tensor:
+        told.append(prompts)
+        return images[:, 0].mean((1, 2))
+
     with torch.no_grad():
-        call |= dict(zip(names, pipe.encode_prompt(prompt=text), strict=True))
-    assert np.isfinite(pipe(**call, generator=generator(), output_type="np")[0]).all()
-    with pytest.raises(ValueError, match="prompt as text"):
-        pipe(**call, sampler="none")
+        encoded = dict(zip(names, pipe.encode_prompt(prompt=text["prompt"]), strict=True))
+    call = {k: v for k, v in text.items() if k not in ("prompt", "negative_prompt")} | encoded
+    guide: dict[str, Any] = {
+        "sampler": "best-of-n:candidates=3",
+        "reward": reward,
+        "generator": [generator(), generator()],
+    }
+    by_text = pipe(**text, **guide)
+    guide["generator"] = [generator(), generator()]
+    assert set(told[-1]) <= {"a cat", "a dog"}
+    by_embeddings = pipe(**call, **guide, reward_prompt=["one", "two"])
+    assert set(told[-1]) <= {"one", "two"} and len(by_embeddings.rewards) == len(by_text.rewards) == 2
+    reward.reads_prompt = True  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="reward reads the prompt, which is not given as text; pass reward_prompt="):
+        pipe(**call, sampler="none", reward=reward)
+    pipe(**call, sampler="none", reward=reward, reward_prompt="both")
+    assert told[-1] == ["both", "both"]
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd3", "flux"])

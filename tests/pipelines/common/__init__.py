@@ -76,6 +76,6 @@ LoraTesterMixin, UNetLoraTesterMixin, LoraMemoryTesterMixin
                                                     group offloading of LoRA, which needs an accelerator
 PipelinePushToHubTester
   test_push_to_hub, test_push_to_hub_in_organization, test_push_to_hub_library_name
-                                                    need the network; our save_pretrained refuses push_to_hub, restated
+                                                    need the network; save_pretrained is stock's own
 testing_utils/quantization.py                       not applicable: bitsandbytes, torchao, modelopt, and an accelerator
 """

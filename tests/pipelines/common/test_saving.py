@@ -182,10 +182,8 @@ def test_torch_dtype_dict(name: str, tmp_path: Path) -> None:
         assert module.dtype == (torch.bfloat16 if key == part else torch.float16), key
 
 
-def test_folders_only(tmp_path: Path) -> None:
+def test_no_dduf_files(tmp_path: Path) -> None:
     pipe = build("sd15")
-    with pytest.raises(ValueError, match="save first, then upload"):
-        pipe.save_pretrained(tmp_path, push_to_hub=True)
     with pytest.raises(ValueError, match="DDUF files is no longer supported"):
         type(pipe).from_pretrained(tmp_path, dduf_file="sd15.dduf")
 

@@ -150,7 +150,7 @@ def reward_guided(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
 
 
 def _new(base: type[DiffusionPipeline]) -> DiffusionPipeline:
-    cls: Any = reward_guided(base)
+    cls: Any = reward_guided(base)  # type: ignore[arg-type]
     return cls.__new__(cls)
 
 

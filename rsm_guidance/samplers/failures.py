@@ -49,7 +49,7 @@ class Failures:
             self.first = message
             warnings.warn(f"{message}; such candidates lose", RuntimeWarning, stacklevel=2)
         self.count += int((~good).sum())
-        if len(scores) > len(rows.unique()) and name not in self._worst:
+        if len(scores) > len(set(rows.tolist())) and name not in self._worst:
             raise RewardError(f"{message}, and no other score was a number; scores must be finite")
         replaced = scores.clone()
         for i in (~good).nonzero().flatten().tolist():

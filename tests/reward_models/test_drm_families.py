@@ -218,3 +218,16 @@ def test_other_latents_and_denoisers_are_refused() -> None:
     _, flux = build("flux")
     with pytest.raises(ValueError, match=r"pass grid=\(rows, columns\)"):
         flux.score(torch.zeros(1, 6, 16), 0.0, ["a"])
+
+
+def test_words_that_change_their_meaning_are_encoded_again() -> None:
+    pipe = ZOO["sd15"].build()
+    drm = DiffusionRewardModel.from_pipeline(pipe)
+    latents, prompt = torch.randn(1, 4, 16, 16), ["a <thing>"]
+    before = float(drm.score(latents, 500.0, prompt))
+    pipe.load_textual_inversion(10 * torch.randn(1, pipe.text_encoder.config.hidden_size), token="<thing>")
+    after = float(drm.score(latents, 500.0, prompt))
+    assert after != before
+    with torch.no_grad():
+        pipe.text_encoder.get_input_embeddings().weight.mul_(2)
+    assert float(drm.score(latents, 500.0, prompt)) != after

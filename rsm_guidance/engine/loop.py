@@ -8,9 +8,10 @@ up when a loop is abandoned, and the pipeline can be used for other things meanw
 
 import functools
 import inspect
+import operator
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +21,11 @@ from diffusers.utils import BaseOutput
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor
 
+from rsm_guidance.core.random import derive_seed
+from rsm_guidance.engine.borrowed import GlobalRandom, Processors, State
 from rsm_guidance.engine.families import denoisers_of, stock_call_of, traits_of, uses_guidance
+from rsm_guidance.engine.schedulers import Stepper, idle_steps, stepper
+from rsm_guidance.engine.stand_ins import Blank, FastForward, ForEveryRow, Shapes, batch_size
 
 
 @dataclass(frozen=True)
@@ -28,13 +33,14 @@ class Start:
     """The loop is ready to begin: `latents` [B, ...] and `steps` timesteps are prepared, no denoiser has been called.
 
     `guided` says whether the call uses classifier-free guidance, `size` is the image's height and width in pixels where the
-    call names them.
+    call names them, `idle` the number of steps at the end that are made from clean latents.
     """
 
     latents: Tensor
     steps: int
     guided: bool
     size: tuple[int, int] | None
+    idle: int = 0
 
 
 @dataclass(frozen=True)
@@ -42,13 +48,14 @@ class Step:
     """The loop stands at `scheduler.step`; all tensors [B, ...].
 
     `timestep` is what the scheduler was told; `following` holds the latents [B, ...] to which it has stepped, where it
-    takes its own steps.
+    takes its own steps; `stepper` is the step that it would have taken, where that was asked for.
     """
 
     model_output: Tensor
     sample: Tensor
     timestep: Any
     following: Tensor | None = None
+    stepper: Stepper | None = None
 
 
 @dataclass(frozen=True)
@@ -69,35 +76,6 @@ class _SchedulerOutput(BaseOutput):
     pred_original_sample: Tensor
 
 
-class _FastForward:
-    """Stands in for `pipe._interrupt`: true for the first `count` times it is asked, so that many steps are skipped."""
-
-    def __init__(self, count: int) -> None:
-        self.left = count
-
-    def __bool__(self) -> bool:
-        self.left -= 1
-        return self.left >= 0
-
-
-class _Blank:
-    """Stands in for a denoiser whose output will not be used: zeros like the latents, at no cost."""
-
-    def __init__(self, module: torch.nn.Module, latents: Tensor) -> None:
-        self._module, self._latents = module, latents
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor]:
-        return (self._latents.new_zeros(batch_size(args, kwargs), *self._latents.shape[1:]),)
-
-
-def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Latents that a denoiser is called with: the length of its first input, by whatever name."""
-    return len(args[0] if args else next(kwargs[n] for n in ("hidden_states", "sample", "x") if n in kwargs))
-
-
 def _become(target: object, attributes: dict[str, Any]) -> None:
     """Replace an object's attributes; complete at every moment, should a signal arrive in between."""
     current = vars(target)
@@ -106,29 +84,33 @@ def _become(target: object, attributes: dict[str, Any]) -> None:
         del current[name]
 
 
-class _ForEveryRow(PipelineCallback):
-    """A callback that keeps the conditioning of every row.
+@dataclass
+class Surroundings:
+    """What the loops of one call have in common.
 
-    diffusers' callbacks that switch guidance off keep the last row, `[-1:]`, which is all conditioning that a single image
-    has; of several images it is that of the last one only, under which the call fails or draws them all alike.
+    Attributes:
+        processors: the attention processors of the pipeline's modules.
+        random: torch's global generators.
+        before: their states, from which restarts draw.
+        key: names the draws inside of the loop.
+        shapes: how denoisers have answered.
+        blends: whether the pipeline changes the latents after `scheduler.step` (inpainting pastes the known region), so that
+            a jump has to run the end of the step before; until that is known, it is taken to do so.
     """
 
-    def __init__(self, stock: PipelineCallback | MultiPipelineCallbacks, rows: Callable[[], int]) -> None:
-        self._stock, self._rows = stock, rows
+    processors: Processors
+    random: GlobalRandom
+    before: State
+    key: int
+    shapes: Shapes = field(default_factory=Shapes)
+    blends: bool = True
 
-    @property
-    def tensor_inputs(self) -> list[str]:
-        inputs: list[str] = self._stock.tensor_inputs
-        return inputs
-
-    def __call__(self, pipeline: Any, step_index: int, timestep: Tensor, callback_kwargs: dict[str, Any]) -> Any:
-        before, rows = dict(callback_kwargs), self._rows()
-        after = self._stock(pipeline, step_index, timestep, callback_kwargs)
-        for name, old in before.items():
-            new = after.get(name)
-            if isinstance(new, Tensor) and len(new) == 1 < rows <= len(old) and torch.equal(new, old[-1:]):
-                after[name] = old[-rows:]
-        return after
+    @staticmethod
+    def of(pipe: DiffusionPipeline, seed: int | None = None) -> "Surroundings":
+        """Those of a pipeline now; `seed` says what is drawn from the global generators, else their present state does."""
+        random = GlobalRandom(pipe._execution_device)
+        before = random.now() if seed is None else random.seeded(seed)
+        return Surroundings(Processors(pipe.components.values()), random, before, int(before[0].long().sum()))
 
 
 class StockLoop:
@@ -142,10 +124,15 @@ class StockLoop:
         skip: number of leading steps to skip without calling the denoiser.
         encode_prompt: replaces `pipe.encode_prompt` during the call; it receives the original as first argument.
         stand_ins: what to call inside of the loop instead of modules of the pipeline, by their names.
+        around: what the loops of a call have in common.
+        live: whether what is drawn outside of driven levels comes from torch's global generators as they are, as in the
+            stock call; else from where those of the first loop began.
 
     Attributes:
         evaluations: denoiser evaluations so far.
         own_steps: whether the scheduler takes its own steps, pausing after each; set it before the first step.
+        watched: whether the next step says what the scheduler would have done.
+        drew: whether torch's global generators were drawn from.
     """
 
     def __init__(
@@ -156,21 +143,26 @@ class StockLoop:
         skip: int = 0,
         encode_prompt: Callable[..., Any] | None = None,
         stand_ins: Mapping[str, Any] | None = None,
+        around: Surroundings | None = None,
+        live: bool = False,
     ) -> None:
         self.pipe = pipe
         self._stand_ins = dict(stand_ins or {})
+        self._around = around or Surroundings.of(pipe)
+        self._live, self._random, self._level = live, self._around.before, skip
+        self._inner_processors: list[Any] | None = None
         self.evaluations = 0
-        self.own_steps = False
+        self.own_steps = self.watched = self.drew = False
         self._override = latents
         traits = traits_of(pipe)
         # diffusers' own callbacks change the run at certain steps, so they must see the steps that a jump passes, too.
         callback = call.get("callback_on_step_end")
         replayed = isinstance(callback, PipelineCallback | MultiPipelineCallbacks)
-        self._blank = min(skip, int(traits.blends)) if traits.interrupts and not replayed else skip
+        self._blank = min(skip, int(self._around.blends)) if traits.interrupts and not replayed else skip
         self._jump = skip - self._blank
         self._call = dict(call)
         if replayed:
-            self._call["callback_on_step_end"] = _ForEveryRow(callback, self._rows)
+            self._call["callback_on_step_end"] = ForEveryRow(callback, self._rows)
         for name in ("callback", "callback_on_step_end"):
             if self._blank and call.get(name) is not None and not replayed:
                 self._call[name] = self._callback(call[name])
@@ -180,6 +172,7 @@ class StockLoop:
         self._denoisers = denoisers_of(pipe)
         self._inner_pipe: dict[str, Any] = dict(vars(pipe))
         self._inner_scheduler: dict[str, Any] = dict(vars(pipe.scheduler))
+        self._inner_pipe.pop("_num_timesteps", None)  # of an earlier call
         self._install(encode_prompt)
         stock_call = stock_call_of(type(pipe))
         run = getattr(stock_call, "__wrapped__", stock_call)
@@ -188,7 +181,7 @@ class StockLoop:
     def _install(self, encode_prompt: Callable[..., Any] | None) -> None:
         pipe = self.pipe
         stock_prepare, stock_bar, stock_step = pipe.prepare_latents, pipe.progress_bar, pipe.scheduler.step
-        draws = "generator" in inspect.signature(stock_step).parameters
+        signature = inspect.signature(stock_step)
 
         @functools.wraps(stock_prepare)
         def prepare_latents(*args: Any, **kwargs: Any) -> Any:
@@ -205,31 +198,38 @@ class StockLoop:
         def progress_bar(iterable: Any = None, total: int | None = None, **kwargs: Any) -> Any:
             # Opened right before the loop, when latents and timesteps are ready: the one place all families share.
             latents = self._prepared()
-            steps = self._steps(len(iterable) if total is None else total)
-            self._pause(Start(latents, steps, uses_guidance(pipe, self._call), self._size))
+            steps = self._steps(None if iterable is None else len(iterable), total)
+            idle = idle_steps(vars(pipe.scheduler))
+            self._pause(Start(latents, steps, uses_guidance(pipe, self._call), self._size, idle))
             self._fast_forward()
             return stock_bar(iterable=iterable, total=total, **kwargs)
 
         @functools.wraps(stock_step)
-        def step(model_output: Tensor, timestep: Tensor, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def step(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **kwargs).arguments  # some take more than these three, in another order
+            model_output, timestep, sample = (given[n] for n in ("model_output", "timestep", "sample"))
             if self.own_steps:
-                if draws:
+                if "generator" in signature.parameters:
                     kwargs.setdefault("generator", self._call.get("generator"))
-                result = stock_step(model_output, timestep, sample, *args, **kwargs)
+                result = stock_step(*args, **kwargs)
                 self._pause(Step(model_output, sample, timestep, result[0]))
                 return result
+            would = stepper(pipe.scheduler, args, kwargs) if self.watched and not self._blank else None
             self._count_step(timestep)
             if self._blank:
                 latents = self._pass_blank()
             else:
                 self._skipping = False
-                latents = self._pause(Step(model_output, sample, timestep))
+                latents = self._pause(Step(model_output, sample, timestep, stepper=would))
             # Twice, since one-step pipelines read the second entry, x0; after the last step both are that.
             return (latents, latents) if kwargs.get("return_dict") is False else _SchedulerOutput(latents, latents)
 
         inner = self._inner_pipe
         inner |= {"prepare_latents": prepare_latents, "progress_bar": progress_bar}
         inner["_progress_bar_config"] = {"disable": True}
+        inner["maybe_free_model_hooks"] = lambda: reset_caches(
+            pipe
+        )  # else the denoiser would go to and fro at every decode
         if encode_prompt is not None and hasattr(pipe, "encode_prompt"):
             stock_encode = pipe.encode_prompt
             inner["encode_prompt"] = functools.wraps(stock_encode)(functools.partial(encode_prompt, stock_encode))
@@ -255,26 +255,30 @@ class StockLoop:
         assert parent is not None
         return parent.switch(pause)
 
-    def _steps(self, total: int) -> int:
-        """Steps of the loop, from the levels that its progress bar counts; some schedulers step more often than that."""
-        scheduler = self.pipe.scheduler
+    def _steps(self, iterated: int | None, total: int | None) -> int:
+        """Steps of the loop: what it iterates over, where it says so; else from the levels that its progress bar counts."""
+        told = vars(self.pipe).get("_num_timesteps")
+        if iterated is not None or isinstance(told, int):
+            return told if iterated is None else iterated
+        scheduler, count = self.pipe.scheduler, total or 0
         if getattr(scheduler, "custom_timesteps", False):
-            return total
+            return count
         if hasattr(scheduler, "begin_index"):
             return len(scheduler.timesteps) - (scheduler.begin_index or 0)
-        return total + len(scheduler.timesteps) - (scheduler.num_inference_steps or total)
+        return count + len(scheduler.timesteps) - (getattr(scheduler, "num_inference_steps", None) or count)
 
     def _fast_forward(self) -> None:
         """Arrange for the steps to be skipped: by the family's own interruption, else by denoisers that do nothing."""
         pipe, scheduler = self.pipe, self.pipe.scheduler
         vars(pipe).update(self._stand_ins)
         if self._jump:
-            pipe._interrupt = _FastForward(self._jump)
+            pipe._interrupt = FastForward(self._jump)
             if hasattr(scheduler, "_step_index"):
                 scheduler._step_index = (scheduler.begin_index or 0) + self._jump
         if self._blank:
             latents = self._prepared()
-            vars(pipe).update({name: _Blank(module, latents) for name, module in self._denoisers.items()})
+            shapes = self._around.shapes
+            vars(pipe).update({n: Blank(m, latents, shapes.of(n, m, latents)) for n, m in self._denoisers.items()})
 
     def _pass_blank(self) -> Tensor:
         """One skipped step is over; after the last one the denoisers are the real ones again."""
@@ -306,9 +310,11 @@ class StockLoop:
         """Run to the next pause.  Exceptions of the stock call come through, and end the loop."""
         pipe, scheduler = self.pipe, self.pipe.scheduler
         outer_pipe, outer_scheduler = dict(vars(pipe)), dict(vars(scheduler))
-        counters = [m.register_forward_pre_hook(self._count, with_kwargs=True) for m in self._denoisers.values()]
+        hooks = [m.register_forward_pre_hook(self._count, with_kwargs=True) for m in self._denoisers.values()]
+        hooks += [m.register_forward_hook(functools.partial(self._note, n)) for n, m in self._denoisers.items()]
         self._greenlet.parent = getcurrent()
         started = bool(self._greenlet)
+        outside = self._enter(started)
         try:
             _become(pipe, self._inner_pipe)
             _become(scheduler, self._inner_scheduler)
@@ -317,15 +323,47 @@ class StockLoop:
                     warnings.simplefilter("ignore", FutureWarning)  # the first call has shown them
                 pause: Pause = self._greenlet.switch(latents) if started else self._greenlet.switch()
         finally:
-            for counter in counters:
-                counter.remove()
+            for hook in hooks:
+                hook.remove()
             self._inner_pipe, self._inner_scheduler = dict(vars(pipe)), dict(vars(scheduler))
             _become(pipe, outer_pipe)
             _become(scheduler, outer_scheduler)
+            self._leave(*outside)
         return pause
+
+    def _enter(self, started: bool) -> tuple[list[Any], State, bool]:
+        """Exchange what lies outside of the pipeline for the loop's own.
+
+        Returns what it was, the random state to begin with, and whether that is the global generators' own.
+        """
+        around = self._around
+        processors, outer = around.processors.now(), around.random.now()
+        if self._inner_processors is not None and not _alike(processors, self._inner_processors):
+            around.processors.put(self._inner_processors)
+        driven = started and not self.own_steps
+        live = self._live and not driven
+        if driven:  # what is drawn at a level does not depend on the levels before: a jump there draws the same
+            self._random = around.random.seeded(derive_seed(around.key, self._level))
+            self._level += 1
+        if not live:
+            around.random.put(self._random)
+        self._begun = outer if live else self._random
+        return processors, outer, live
+
+    def _leave(self, processors: list[Any], outer: State, live: bool) -> None:
+        around = self._around
+        self._inner_processors, self._random = around.processors.now(), around.random.now()
+        if not _alike(processors, self._inner_processors):
+            around.processors.put(processors)
+        self.drew = self.drew or any(not torch.equal(a, b) for a, b in zip(self._random, self._begun, strict=True))
+        if not live:
+            around.random.put(outer)
 
     def _count(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.evaluations += batch_size(args, kwargs)
+
+    def _note(self, name: str, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._around.shapes.note(name, output)
 
     @property
     def interrupted(self) -> bool:
@@ -337,7 +375,18 @@ class StockLoop:
         return self._inner_scheduler
 
     def close(self) -> None:
-        """Abandon the loop; the pipeline's offload hooks are released as at the end of a stock call."""
+        """Abandon the loop."""
         if self._greenlet and self.alive:
             self._greenlet.throw(GreenletExit)
-            self.pipe.maybe_free_model_hooks()
+
+
+def reset_caches(pipe: DiffusionPipeline) -> None:
+    """Forget what modules keep from step to step, as at the end of a stock call."""
+    for component in pipe.components.values():
+        if hasattr(component, "_reset_stateful_cache"):
+            component._reset_stateful_cache()
+
+
+def _alike(first: list[Any], second: list[Any]) -> bool:
+    """Whether two lists hold the same objects."""
+    return all(map(operator.is_, first, second))

@@ -69,7 +69,7 @@ def images_of(
     read = [_arrays(f) if form is None else _tensors(f) for f in found]
     parts = [r for r in read if r is not None]
     if len(parts) < len(read) or any(p.ndim < 3 for p in parts):
-        given = parts[0].shape if parts else type(found[0][0]).__name__
+        given = f"a tensor of shape {list(parts[0].shape)}" if parts else type(found[0][0]).__name__
         raise UsageError(
             f"the output of {type(pipe).__name__} is no image, video or sound that a reward could see, but {given}"
         )

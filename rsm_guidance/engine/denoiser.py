@@ -234,7 +234,7 @@ class PipelineDenoiser:
         It is apart from the paused call.  A callback of the caller's own is left out, diffusers' stay.
 
         Raises:
-            ValueError: if there is no way to ask for these rows in one call.
+            NotReplayable: if there is no way to ask for these rows in one call.
         """
         return self._driver.rehearse(x, rows, stand_ins)
 

@@ -15,7 +15,8 @@ from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
-from rsm_guidance.core.contracts import StopRequested
+from rsm_guidance.core.contracts import StopRequested, UsageError
+from rsm_guidance.engine.arguments import NotReplayable
 from rsm_guidance.engine.families import prompts_of
 from rsm_guidance.engine.loop import Done, Pause, Start, Step, StockLoop, Surroundings
 from rsm_guidance.engine.recording import Blanks, Visit, first_number, visits
@@ -285,16 +286,36 @@ class Driver:
             for name in ("callback", "callback_on_step_end"):
                 if name in call:
                     call[name] = None
-            loop = self._loop(call, turn.rows, turn.takes(x0), self.started().steps)
-            try:
-                pause = loop.resume()
-                while not isinstance(pause, Done):
-                    pause = loop.resume()
-            finally:
-                loop.close()
-            outputs.append(pause.output)
+            outputs.append(self._ended_at_once(call, turn.rows, turn.takes(x0)))
         whole = len(turns) == 1 and turns[0].places == tuple(range(len(x0)))
         return outputs, None if whole else order_of(turns, len(x0))
+
+    def _ended_at_once(self, call: dict[str, Any], rows: Rows, latents: Tensor) -> Any:
+        """The stock output of a call whose every step is skipped.
+
+        Some read what the last step has left besides latents, so that they need its end; what others keep of their denoiser's
+        evaluations cannot be had.
+        """
+        loop = self._loop(call, rows, latents, self.started().steps)
+        try:
+            pause = loop.resume()
+            while not isinstance(pause, Done):
+                pause = loop.resume()
+            return pause.output
+        except UnboundLocalError:
+            if self.around.blends:
+                raise
+            self.around.blends = self.known.blends = True
+            return self._ended_at_once(call, rows, latents)
+        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            if not loop.skips or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise UsageError(
+                f"{type(self.pipe).__name__} cannot be guided: its output cannot be had without evaluating its denoiser again "
+                f"({type(error).__name__}: {error}); call it with sampler=None"
+            ) from error
+        finally:
+            loop.close()
 
     def ended(self, x0: Tensor) -> Any | None:
         """The stock output for final latents where the paused call is at its last step; None where it is not."""
@@ -327,12 +348,12 @@ class Driver:
         It is apart from the paused calls.  A callback of the caller's own is left out, diffusers' stay.
 
         Raises:
-            ValueError: if there is no way to ask for these rows in one call.
+            NotReplayable: if there is no way to ask for these rows in one call.
         """
         if call is None:
             turn = self._turns(rows)
             if len(turn) > 1 or turn[0].rows != rows:
-                raise ValueError(f"{type(self.pipe).__name__} cannot be asked for other rows in one call")
+                raise NotReplayable(f"{type(self.pipe).__name__} cannot be asked for other rows in one call")
             call = self._call_of(turn[0])
         if not isinstance(call.get("callback_on_step_end"), PipelineCallback | MultiPipelineCallbacks):
             call.pop("callback_on_step_end", None)

@@ -166,7 +166,7 @@ class StockLoop:
         for name in ("callback", "callback_on_step_end"):
             if self._blank and call.get(name) is not None and not replayed:
                 self._call[name] = self._callback(call[name])
-        self._skipping = True
+        self._skipping, self._opened = True, False
         self._latents: Tensor | None = None
         self._size: tuple[int, int] | None = None
         self._denoisers = denoisers_of(pipe)
@@ -198,6 +198,12 @@ class StockLoop:
         def progress_bar(iterable: Any = None, total: int | None = None, **kwargs: Any) -> Any:
             # Opened right before the loop, when latents and timesteps are ready: the one place all families share.
             latents = self._prepared()
+            if self._opened:
+                raise ValueError(
+                    f"{type(pipe).__name__} cannot be guided: it opens several progress bars before its denoising loop, so that "
+                    "the engine cannot tell where that begins"
+                )
+            self._opened = True
             steps = self._steps(None if iterable is None else len(iterable), total)
             idle = idle_steps(vars(pipe.scheduler))
             self._pause(Start(latents, steps, uses_guidance(pipe, self._call), self._size, idle))
@@ -244,8 +250,8 @@ class StockLoop:
         """The latents that the loop starts from."""
         if self._latents is None:
             raise ValueError(
-                f"{type(self.pipe).__name__} takes given latents without preparing them, so that the engine cannot set its "
-                "own; leave `latents` out"
+                f"{type(self.pipe).__name__} cannot be guided: it starts from latents that its prepare_latents has not made "
+                "(given ones, or those of an inverted image), so that the engine cannot set its own"
             )
         return self._latents
 
@@ -300,6 +306,11 @@ class StockLoop:
             scheduler._step_index += 1
 
     # --- outside ---
+
+    @property
+    def skips(self) -> bool:
+        """Whether steps are still to be skipped with a blank denoiser."""
+        return self._blank > 0
 
     @property
     def alive(self) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rsm_guidance.engine.arguments import Layout, copied
 from rsm_guidance.engine.recording import Visit
+from rsm_guidance.engine.stand_ins import batch_size
 
 _LAYOUTS: tuple[Layout, ...] = ("blocks", "pairs")
 
@@ -32,14 +33,26 @@ def difference(whole: Sequence[Visit], picked: Sequence[Visit], rows: Sequence[i
         if not _follows(a.sample, b.sample, rows, count):
             return "the latents at scheduler.step"
         for first, second in zip(a.calls, b.calls, strict=True):
-            inputs = [*((str(i), x, y) for i, (x, y) in enumerate(zip(first.args, second.args, strict=False)))]
             if first.kwargs.keys() != second.kwargs.keys() or len(first.args) != len(second.args):
                 return f"the arguments of {first.name}"
+            inputs = [(str(i), *pair) for i, pair in enumerate(zip(first.args, second.args, strict=True))]
             inputs += [(name, first.kwargs[name], second.kwargs[name]) for name in first.kwargs]
+            batch = batch_size(first.args, first.kwargs)
             for name, x, y in inputs:
-                if not _follows(x, y, rows, count):
+                if _stays(x, y, batch) or not _follows(x, y, rows, count):
                     return f"{name} of {first.name}"
     return None
+
+
+def _stays(whole: Any, picked: Any, batch: int) -> bool:
+    """Whether an input has the length of the whole batch where it should have that of the picked one."""
+    if isinstance(whole, dict) and isinstance(picked, dict):
+        return any(_stays(whole[k], picked.get(k), batch) for k in whole)
+    if isinstance(whole, list | tuple) and isinstance(picked, list | tuple):
+        return len(whole) == len(picked) and any(_stays(a, b, batch) for a, b in zip(whole, picked, strict=True))
+    if not isinstance(whole, Tensor) or not isinstance(picked, Tensor) or not whole.ndim:
+        return False
+    return batch > 1 and len(whole) == batch and whole.shape == picked.shape
 
 
 def _follows(whole: Any, picked: Any, rows: Sequence[int], count: int) -> bool:

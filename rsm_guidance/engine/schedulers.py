@@ -130,7 +130,7 @@ class Levels:
         kept = float((shown * eps).sum() / (eps * eps).sum().clamp_min(1e-30))
         size = float(torch.stack([went[0].double().norm(), went[1].double().norm(), shown.norm()]).max())
         missed = float((shown - kept * eps).norm()) / max(size, 1e-30)
-        close = 2e-3 if x.dtype.itemsize >= 4 else 5e-2
+        close = 2e-3 if min(x.dtype.itemsize, output.dtype.itemsize) >= 4 else 5e-2
         if not missed <= close:  # also where it is no number
             return (
                 f"it moves the latents by something else than their estimated clean image and noise (by {missed:.2g})"

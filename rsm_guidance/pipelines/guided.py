@@ -15,9 +15,10 @@ from diffusers.utils import BaseOutput
 from rsm_guidance.core.contracts import Reward, ValueSource
 from rsm_guidance.core.errors import UsageError
 from rsm_guidance.core.ledger import Budget, Ledger
-from rsm_guidance.core.random import Purpose, RandomStreams
+from rsm_guidance.core.random import Purpose, RandomStreams, derive_seed
 from rsm_guidance.engine import PipelineDenoiser
-from rsm_guidance.engine.families import prompts_of
+from rsm_guidance.engine.driver import rows_of
+from rsm_guidance.engine.families import prompts_of, require_drivable, traits_of
 from rsm_guidance.rewards import resolve_reward
 from rsm_guidance.samplers import Monitor, Progress, Sampler, SamplerOutput, Task, Watch, parse_sampler, run
 from rsm_guidance.values import ESTIMATORS, Tweedie, resolve_value
@@ -89,6 +90,8 @@ def reward_guided(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
     @functools.wraps(stock_call)
     def __call__(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
         given = {p.name: kwargs.pop(p.name, p.default) for p in ours}
+        if given.get("sampler") is not None:
+            require_drivable(self)
         if len(args) >= len(names):
             raise TypeError(
                 f"{type(self).__name__} takes at most {len(names) - 1} positional arguments, {len(args)} given"
@@ -110,6 +113,9 @@ def reward_guided(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
         """Share another pipeline's modules, in their own dtype (the stock method casts them to float32)."""
         if "torch_dtype" not in kwargs:
             kwargs.setdefault("dtype", pipeline.dtype)
+        if isinstance(pipeline, base):  # settings that its class takes and does not write into its configuration
+            settings = inspect.signature(base.__init__).parameters.keys() - pipeline.config.keys() - {"self"}
+            kwargs = {n: getattr(pipeline, n) for n in settings if hasattr(pipeline, n)} | kwargs
         shared: DiffusionPipeline = super(guided, cls).from_pipe(pipeline, **kwargs)  # type: ignore[misc]
         return shared
 
@@ -145,8 +151,9 @@ def _call(
 ) -> Any:
     seed, generator = ours.pop("seed", None), call.get("generator")
     if sampler is not None:
-        _check_prompt(call)
-    prompts = prompts_of(call)
+        if "prompt" in traits_of(pipe).parameters:
+            _check_prompt(call)
+    prompts = rows_of(pipe, call) if sampler is not None or seed is not None else prompts_of(call)
     if seed is not None and generator is not None:
         raise UsageError("pass either seed or generator, not both")
     if seed is None and sampler is not None:
@@ -161,13 +168,17 @@ def _call(
                 f"{given[0]} has no effect without a sampler; pass sampler='none' to score unguided samples"
             )
         return stock_call(pipe, **call)
-    return _guided(pipe, call, streams, parse_sampler(sampler) if isinstance(sampler, str) else sampler, **ours)
+    drawn = (
+        None if generator is not None else derive_seed(streams.seed, "global")
+    )  # what stock draws without a generator
+    return _guided(pipe, call, streams, drawn, parse_sampler(sampler) if isinstance(sampler, str) else sampler, **ours)
 
 
 def _guided(
     pipe: DiffusionPipeline,
     call: dict[str, Any],
     streams: RandomStreams,
+    drawn: int | None,
     sampler: Sampler,
     reward: Any = None,
     value: Any = None,
@@ -180,7 +191,7 @@ def _guided(
     count = len(streams.names)
     ledger = Ledger(budget if isinstance(budget, Budget) else Budget(evaluations=budget), images=count)
     columns = _columns(reward_columns or {}, count)
-    with torch.no_grad(), closing(PipelineDenoiser(pipe, call)) as denoiser:
+    with torch.no_grad(), closing(PipelineDenoiser(pipe, call, drawn)) as denoiser:
         task = Task(denoiser, streams, ledger, final, source, columns=columns)
         if monitor is not None:
             watching = monitor if isinstance(monitor, Monitor) else Monitor(resolve_reward(monitor, pipe))

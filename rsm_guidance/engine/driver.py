@@ -33,9 +33,10 @@ class Known:
     Attributes:
         way: how to ask for other rows; "" where there is none, None before it was tried.
         pictures: whether rows have a picture each; None before it was tried.
-        stepped: whether a step was compared with the scheduler's own.
+        sign: of model outputs, once a step was compared with the scheduler's own; None before.
         distinct: whether `scheduler.step` was seen to be called once per level.
-        blends: as in `Surroundings`.
+        blends: as in `Surroundings`; None before it was seen.
+        moved: whether the call changes the latents between `prepare_latents` and its first step; None before it was seen.
         decoding: how the output is made to images; None before it was tried.
     """
 
@@ -44,6 +45,7 @@ class Known:
     sign: int | None = None
     distinct: bool = False
     blends: bool | None = None
+    moved: bool | None = None
     decoding: str | None = None
 
 
@@ -91,6 +93,7 @@ class _Paused:
     rows: Rows
     level: int
     sample: Tensor
+    given: bool = False
     step: Step | None = None
     version: int = 0
 
@@ -139,6 +142,7 @@ class Driver:
         repeats: the call.
         around: what its loops have in common.
         seed: of what is drawn from torch's global generators; None to draw from them as they are.
+        stand_ins: what to call inside of the loops instead of modules of the pipeline, by their names.
         evaluations: denoiser evaluations so far, by latents.
         per_row: of one row and level, as last counted.
     """
@@ -146,6 +150,7 @@ class Driver:
     pipe: DiffusionPipeline
     repeats: Repeats
     seed: int | None = None
+    stand_ins: Mapping[str, Any] | None = None
     evaluations: float = 0.0
     per_row: float = 0.0
     around: Surroundings = field(init=False)
@@ -243,8 +248,6 @@ class Driver:
             if not (whole and fresh):
                 drawn = None if generators is None else _for_places(generators, turn.indices)
                 latents = None if start is None else turn.takes(start)
-                if generators is None and start is None:
-                    latents = self.started().latents if rows == self.base else None
                 paused = self._restart(index, turn, latents, generators=drawn)
             assert paused is not None
             paused.loop.own_steps = True
@@ -390,7 +393,8 @@ class Driver:
         stand_ins: Mapping[str, Any] | None = None,
         live: bool = False,
     ) -> StockLoop:
-        return StockLoop(self.pipe, call, latents, skip, self.repeats.encoder(rows), stand_ins, self.around, live)
+        held = self.stand_ins if stand_ins is None else stand_ins
+        return StockLoop(self.pipe, call, latents, skip, self.repeats.encoder(rows), held, self.around, live)
 
     def _restart(
         self,
@@ -407,7 +411,7 @@ class Driver:
         call = dict(self.repeats.call) if first else self._call_of(turn, generators)
         loop = self._loop(call, turn.rows, latents, skip, live=first and self.seed is None)
         start = start_of(loop)
-        self._paused[index] = _Paused(loop, start, turn.rows, skip, start.latents)
+        self._paused[index] = _Paused(loop, start, turn.rows, skip, start.latents, latents is not None)
         return self._paused[index]
 
     def _advance(self, index: int, x: Tensor | None) -> Step:
@@ -440,6 +444,8 @@ class Driver:
                 f"{name} cannot be guided: its scheduler.step is given latents of shape {list(step.sample.shape)}, a part or "
                 f"another arrangement of the {list(whole)} that it prepares; call it with sampler=None"
             )
+        if not advanced and paused.level == 0:
+            self._check_start(paused, step)
         if self.known.distinct:
             return
         timestep = first_number(step.timestep)
@@ -452,9 +458,23 @@ class Driver:
                 )
             self.known.distinct = True
 
+    def _check_start(self, paused: _Paused, step: Step) -> None:
+        """See whether the first step is from the latents that were prepared, or set; if not, only whole runs are possible."""
+        if self.known.moved is None:
+            close = 1e-4 if step.sample.dtype.itemsize >= 4 else 2e-2
+            prepared = paused.start.latents.to(step.sample)
+            self.known.moved = not torch.allclose(prepared, step.sample, rtol=close, atol=close)
+        if self.known.moved:
+            self.around.blends = self.known.blends = True  # so that the end of a step sets them as they are
+            if paused.given or not paused.loop.own_steps:
+                raise ValueError(
+                    f"{type(self.pipe).__name__} changes its latents between preparing them and its first step, so that the "
+                    "engine cannot set its own; use 'none' or 'best-of-n' with the transition 'scheduler'"
+                )
+
     def _note_blend(self, given: Tensor | None, sample: Tensor) -> None:
         """See whether latents come to the scheduler as they were handed over."""
-        if given is not None and self.known.blends is not True:
+        if given is not None and self.known.blends is not True and not self.known.moved:
             self.known.blends = not (given is sample or torch.equal(given, sample))
             self.around.blends = self.known.blends
 

@@ -1,5 +1,7 @@
 """What a restarted call repeats of the first: its random draws, its encoded prompts, and its arguments for other rows."""
 
+import inspect
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,18 +62,37 @@ class Encoder:
     Some pipelines encode twice in a call (prompts, then negative prompts), so results are kept by position.
     """
 
-    def __init__(self, encoded: list[Any], rows: tuple[int, ...], count: int) -> None:
-        self._encoded, self._rows, self._count = encoded, rows, count
+    def __init__(self, encoded: list[Any], rows: tuple[int, ...], prompts: list[str]) -> None:
+        self._encoded, self._rows, self._prompts = encoded, rows, prompts
         self._calls = 0
 
     def __call__(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
         index, self._calls = self._calls, self._calls + 1
         if index < len(self._encoded):
-            whole = self._rows == tuple(range(self._count))
-            return self._encoded[index] if whole else pick_rows(self._encoded[index], self._rows, self._count)
+            whole = self._rows == tuple(range(len(self._prompts)))
+            return self._encoded[index] if whole else pick_rows(self._encoded[index], self._rows, len(self._prompts))
         with torch.no_grad():
             self._encoded.append(stock(*args, **kwargs))
+            if index == 0 and len(set(self._prompts)) > 1:
+                self._compare_alone(stock, inspect.signature(stock).bind(*args, **kwargs).arguments)
         return self._encoded[index]
+
+    def _compare_alone(self, stock: Any, arguments: dict[str, Any]) -> None:
+        """Warn if the shortest prompt is encoded to something else alone than with the others."""
+        texts = arguments.get("prompt")
+        if not isinstance(texts, list) or len(self._prompts) % len(texts) or len(texts) < 2:
+            return
+        one = min(range(len(texts)), key=lambda i: len(texts[i]))
+        copies = len(self._prompts) // len(texts)
+        rest = {n: [v[one]] if isinstance(v, list) and len(v) == len(texts) else v for n, v in arguments.items()}
+        extra = rest.pop("kwargs", {})
+        alone = pick_rows(stock(**rest, **extra), (0,), copies)
+        if not _alike(alone, pick_rows(self._encoded[0], (one * copies,), len(self._prompts))):
+            warnings.warn(
+                f"{type(stock.__self__).__name__} encodes the prompts of a batch together, so that an image depends on the "
+                "other prompts of its batch; for the same image in any batch pass one prompt at a time",
+                stacklevel=2,
+            )
 
 
 @dataclass
@@ -158,7 +179,21 @@ class Repeats:
 
     def encoder(self, rows: tuple[int, ...]) -> Encoder:
         """What encodes the prompts of a call for rows."""
-        return Encoder(self._encoded, rows, len(self.base))
+        return Encoder(self._encoded, rows, self.prompts)
+
+
+def _alike(first: Any, second: Any) -> bool:
+    """Whether two encodings of a prompt are the same, but for what other kernels for other batches round."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        if first.shape != second.shape:
+            return False
+        close = 1e-4 if first.dtype.itemsize >= 4 else 3e-2
+        return bool(
+            torch.allclose(first.float(), second.float(), rtol=close, atol=close * max(float(first.abs().max()), 1.0))
+        )
+    if isinstance(first, list | tuple) and isinstance(second, list | tuple):
+        return len(first) == len(second) and all(map(_alike, first, second))
+    return True
 
 
 def _single(value: Any) -> bool:

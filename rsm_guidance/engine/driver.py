@@ -4,6 +4,7 @@ Other rows than the call's own are asked for in one call where there is a right 
 the call itself, as it is, in as many turns as a row occurs: that is right for every pipeline, and slower where batches help.
 """
 
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,7 +33,8 @@ class Known:
 
     Attributes:
         way: how to ask for other rows; "" where there is none, None before it was tried.
-        pictures: whether rows have a picture each; None before it was tried.
+        pictures: how rows of a call with one picture get it: "shared", "each" one of their own, or "mixed", where neither makes
+            a row what it is alone; None before it was tried.
         sign: of model outputs, once a step was compared with the scheduler's own; None before.
         distinct: whether `scheduler.step` was seen to be called once per level.
         blends: as in `Surroundings`; None before it was seen.
@@ -41,7 +43,7 @@ class Known:
     """
 
     way: str | None = None
-    pictures: bool | None = None
+    pictures: str | None = None
     sign: int | None = None
     distinct: bool = False
     blends: bool | None = None
@@ -177,8 +179,8 @@ class Driver:
             ValueError: if it prepares other than a row of latents for each prompt.
         """
         if self._start is None:
-            if self.repeats.shares_a_picture and self._a_picture_each():
-                self.repeats = self.repeats.with_a_picture_each()
+            if self.repeats.shares_a_picture:
+                self._share_picture()
             paused = self._restart(0, _Turn(self.base, self.base, ""), first=True)
             start = paused.start
             if len(start.latents) != len(self.base):
@@ -428,6 +430,11 @@ class Driver:
                 f"{type(self.pipe).__name__} ended without calling scheduler.step; the engine needs a pipeline with "
                 "one denoising loop and num_inference_steps > 0"
             )
+        if paused.loop.drew:
+            raise ValueError(
+                f"{type(self.pipe).__name__} cannot be guided from level to level: it draws random numbers at each of them, so that "
+                "none can be visited again; use 'none' or 'best-of-n' with the transition 'scheduler'"
+            )
         self._check(paused, pause, advanced=x is not None or paused.step is not None)
         self.per_row = (paused.loop.evaluations - before) / len(pause.sample)
         if x is not None:
@@ -509,17 +516,28 @@ class Driver:
         picked = self._visits(call, rows, x[list(rows)])
         return bool(picked) and difference(whole, picked, rows, len(self.base)) is None
 
-    def _a_picture_each(self) -> bool:
-        """Whether the last row is what it is alone only if each row has a picture of its own."""
+    def _share_picture(self) -> None:
+        """Give each row a picture of its own, if only then the last row is what it is alone."""
         if self.known.pictures is None:
-            each, last = self.repeats.with_a_picture_each(), self.base[-1:]
+            last, each = self.base[-1:], self.repeats.with_a_picture_each()
             shared = self._visits(self.repeats.again(), self.base, None)
-            self.known.pictures = False
-            if not (shared and self._right("texts", last, shared, shared[0].sample)):
-                whole = self._visits(each.again(), self.base, shared[0].sample if shared else None)
-                alone = self._visits(self.repeats.of(last, "texts"), last, whole[0].sample[last[0] :]) if whole else []
-                self.known.pictures = bool(alone) and difference(whole, alone, last, len(self.base)) is None
-        return self.known.pictures
+            alone = self._visits(self.repeats.of(last, "texts"), last, shared[0].sample[-1:]) if shared else []
+            self.known.pictures = "shared"
+            if not (alone and difference(shared, alone, last, len(self.base)) is None):
+                whole = self._visits(each.again(), self.base, None)
+                alone = self._visits(self.repeats.of(last, "texts"), last, whole[0].sample[-1:]) if whole else []
+                if alone and difference(whole, alone, last, len(self.base)) is None:
+                    self.known.pictures = "each"
+                elif shared:
+                    self.known.pictures = "mixed"
+        if self.known.pictures == "each":
+            self.repeats = self.repeats.with_a_picture_each()
+        elif self.known.pictures == "mixed":
+            warnings.warn(
+                f"{type(self.pipe).__name__} makes something else of one picture for several prompts than for each alone, so that "
+                "an image depends on the other prompts of its batch; for the same image in any batch pass one prompt at a time",
+                stacklevel=2,
+            )
 
     def _visits(self, call: dict[str, Any], rows: Rows, x: Tensor | None) -> list[Visit]:
         """The first two levels of a call, with blanks for its denoiser; empty where it fails."""

@@ -132,7 +132,7 @@ class StockLoop:
         evaluations: denoiser evaluations so far.
         own_steps: whether the scheduler takes its own steps, pausing after each; set it before the first step.
         watched: whether the next step says what the scheduler would have done.
-        drew: whether torch's global generators were drawn from.
+        drew: whether a level drew from the generators of the call.
     """
 
     def __init__(
@@ -151,6 +151,7 @@ class StockLoop:
         self._around = around or Surroundings.of(pipe)
         self._live, self._random, self._level = live, self._around.before, skip
         self._inner_processors: list[Any] | None = None
+        self._begun: Tensor | None = None
         self.evaluations = 0
         self.own_steps = self.watched = self.drew = False
         self._override = latents
@@ -356,9 +357,9 @@ class StockLoop:
         if driven:  # what is drawn at a level does not depend on the levels before: a jump there draws the same
             self._random = around.random.seeded(derive_seed(around.key, self._level))
             self._level += 1
+            self._begun = self._own_random()
         if not live:
             around.random.put(self._random)
-        self._begun = outer if live else self._random
         return processors, outer, live
 
     def _leave(self, processors: list[Any], outer: State, live: bool) -> None:
@@ -366,9 +367,17 @@ class StockLoop:
         self._inner_processors, self._random = around.processors.now(), around.random.now()
         if not _alike(processors, self._inner_processors):
             around.processors.put(processors)
-        self.drew = self.drew or any(not torch.equal(a, b) for a, b in zip(self._random, self._begun, strict=True))
+        if self._begun is not None:
+            self.drew = not torch.equal(self._begun, self._own_random())
+            self._begun = None
         if not live:
             around.random.put(outer)
+
+    def _own_random(self) -> Tensor | None:
+        """State of the first generator that the call was given."""
+        given = self._call.get("generator")
+        first = given[0] if isinstance(given, list) and given else given
+        return first.get_state() if isinstance(first, torch.Generator) else None
 
     def _count(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.evaluations += batch_size(args, kwargs)

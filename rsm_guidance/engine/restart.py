@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,10 @@ texts: prompts are picked, all else serves every row; entries: whatever has an e
 pictures: a single picture is repeated as well, so that each row has one of its own; copies: one prompt, or none, is asked for
 as many samples.
 """
+
+
+_TOGETHER: "weakref.WeakKeyDictionary[DiffusionPipeline, bool]" = weakref.WeakKeyDictionary()
+"""Whether a pipeline encodes a prompt to something else with others than alone."""
 
 
 class Draws:
@@ -73,7 +78,7 @@ class Encoder:
             return self._encoded[index] if whole else pick_rows(self._encoded[index], self._rows, len(self._prompts))
         with torch.no_grad():
             self._encoded.append(stock(*args, **kwargs))
-            if index == 0 and len(set(self._prompts)) > 1:
+            if index == 0 and len(set(self._prompts)) > 1 and _TOGETHER.get(stock.__self__) is not False:
                 self._compare_alone(stock, inspect.signature(stock).bind(*args, **kwargs).arguments)
         return self._encoded[index]
 
@@ -87,7 +92,10 @@ class Encoder:
         rest = {n: [v[one]] if isinstance(v, list) and len(v) == len(texts) else v for n, v in arguments.items()}
         extra = rest.pop("kwargs", {})
         alone = pick_rows(stock(**rest, **extra), (0,), copies)
-        if not _alike(alone, pick_rows(self._encoded[0], (one * copies,), len(self._prompts))):
+        together = not _alike(alone, pick_rows(self._encoded[0], (one * copies,), len(self._prompts)))
+        if together or len({len(t) for t in texts}) > 1:  # equally long ones tell nothing of padding
+            _TOGETHER[stock.__self__] = together
+        if together:
             warnings.warn(
                 f"{type(stock.__self__).__name__} encodes the prompts of a batch together, so that an image depends on the "
                 "other prompts of its batch; for the same image in any batch pass one prompt at a time",

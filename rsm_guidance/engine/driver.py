@@ -6,7 +6,7 @@ the call itself, as it is, in as many turns as a row occurs: that is right for e
 
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from rsm_guidance.engine.families import prompts_of
 from rsm_guidance.engine.loop import Done, Pause, Start, Step, StockLoop, Surroundings
 from rsm_guidance.engine.recording import Blanks, Visit, first_number, visits
 from rsm_guidance.engine.restart import WAYS, Repeats
-from rsm_guidance.engine.rows import difference, picked_rows
+from rsm_guidance.engine.rows import close, difference, picked_rows
 
 Rows = tuple[int, ...]
 
@@ -39,6 +39,7 @@ class Known:
         distinct: whether `scheduler.step` was seen to be called once per level.
         blends: as in `Surroundings`; None before it was seen.
         moved: whether the call changes the latents between `prepare_latents` and its first step; None before it was seen.
+        together: whether a row is denoised to something else than alone; None before it was tried.
         decoding: how the output is made to images; None before it was tried.
     """
 
@@ -48,6 +49,7 @@ class Known:
     distinct: bool = False
     blends: bool | None = None
     moved: bool | None = None
+    together: bool | None = None
     decoding: str | None = None
 
 
@@ -190,6 +192,8 @@ class Driver:
                 )
             self._start, self.scheduler_state = start, paused.loop.scheduler_state()
             self.per_row = self.per_row or (2.0 if start.guided else 1.0)
+            if self.repeats.suspect is not None:
+                self._compare_alone(self.repeats.suspect)
         return self._start
 
     @property
@@ -500,7 +504,7 @@ class Driver:
             rows = picked_rows(len(self.base))
             x = torch.randn(self.started().latents.shape, generator=torch.Generator().manual_seed(1))
             x = x.to(self.started().latents)
-            whole = self._visits(self.repeats.again(), self.base, x)
+            whole = self._visits(self.repeats.again, self.base, x)
             self.known.way = ""
             for way in WAYS if whole else ():
                 if self._right(way, rows, whole, x):
@@ -509,27 +513,19 @@ class Driver:
         return self.known.way
 
     def _right(self, way: str, rows: Rows, whole: list[Visit], x: Tensor) -> bool:
-        try:
-            call = self.repeats.of(rows, way)
-        except ValueError:
-            return False
-        picked = self._visits(call, rows, x[list(rows)])
+        picked = self._visits(partial(self.repeats.of, rows, way), rows, x[list(rows)])
         return bool(picked) and difference(whole, picked, rows, len(self.base)) is None
 
     def _share_picture(self) -> None:
         """Give each row a picture of its own, if only then the last row is what it is alone."""
         if self.known.pictures is None:
             last, each = self.base[-1:], self.repeats.with_a_picture_each()
-            shared = self._visits(self.repeats.again(), self.base, None)
-            alone = self._visits(self.repeats.of(last, "texts"), last, shared[0].sample[-1:]) if shared else []
-            self.known.pictures = "shared"
-            if not (alone and difference(shared, alone, last, len(self.base)) is None):
-                whole = self._visits(each.again(), self.base, None)
-                alone = self._visits(self.repeats.of(last, "texts"), last, whole[0].sample[-1:]) if whole else []
-                if alone and difference(whole, alone, last, len(self.base)) is None:
-                    self.known.pictures = "each"
-                elif shared:
-                    self.known.pictures = "mixed"
+            shared = self._visits(self.repeats.again, self.base, None)
+            self.known.pictures = "mixed" if shared else "shared"
+            if self._last_is_alone(shared, last):
+                self.known.pictures = "shared"
+            elif self._last_is_alone(self._visits(each.again, self.base, None), last):
+                self.known.pictures = "each"
         if self.known.pictures == "each":
             self.repeats = self.repeats.with_a_picture_each()
         elif self.known.pictures == "mixed":
@@ -539,16 +535,55 @@ class Driver:
                 stacklevel=2,
             )
 
-    def _visits(self, call: dict[str, Any], rows: Rows, x: Tensor | None) -> list[Visit]:
+    def _compare_alone(self, row: int) -> None:
+        """Warn if a row whose text is encoded to something else with others than alone is denoised to something else.
+
+        Each is denoised once, the first time that a pipeline is asked, and not counted.
+        """
+        if self.known.together is None:
+            x = self.started().latents
+            loops = [
+                self._loop(self.repeats.again(), self.base, x),
+                StockLoop(self.pipe, self.repeats.of((row,), "texts"), x[row : row + 1], around=self.around),
+            ]
+            answers = []
+            try:
+                with torch.no_grad():
+                    for loop in loops:
+                        start_of(loop)
+                        pause = loop.resume()
+                        answers.append(pause.model_output if isinstance(pause, Step) else None)
+            except (TypeError, ValueError, LookupError, RuntimeError):  # what a stock call cannot do alone
+                answers = []
+            finally:
+                for loop in loops:
+                    loop.close()
+            whole, alone = answers if len(answers) == 2 else (None, None)
+            self.known.together = whole is not None and alone is not None and not close(whole[row : row + 1], alone)
+        if self.known.together:
+            warnings.warn(
+                f"{type(self.pipe).__name__} encodes the prompts of a batch together, so that an image depends on the other prompts "
+                "of its batch; for the same image in any batch pass one prompt at a time",
+                stacklevel=2,
+            )
+
+    def _last_is_alone(self, whole: list[Visit], last: Rows) -> bool:
+        """Whether the last row of a call is what it is in a call of its own."""
+        if not whole:
+            return False
+        alone = self._visits(partial(self.repeats.of, last, "texts"), last, whole[0].sample[-1:])
+        return bool(alone) and difference(whole, alone, last, len(self.base)) is None
+
+    def _visits(self, call: Callable[[], dict[str, Any]], rows: Rows, x: Tensor | None) -> list[Visit]:
         """The first two levels of a call, with blanks for its denoiser; empty where it fails."""
         loop = None
         try:
             if x is None:
-                loop = self._loop(dict(call), rows)
+                loop = self._loop(call(), rows)
                 x = start_of(loop).latents
             blanks = Blanks(x, self.around.shapes)
             seen = []
-            for visit in visits(self.pipe, partial(self.rehearse, x, rows, call=call), x, blanks):
+            for visit in visits(self.pipe, partial(self.rehearse, x, rows, call=call()), x, blanks):
                 seen.append(visit)
                 if len(seen) == 2:
                     break

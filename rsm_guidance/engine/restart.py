@@ -1,7 +1,6 @@
 """What a restarted call repeats of the first: its random draws, its encoded prompts, and its arguments for other rows."""
 
 import inspect
-import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -70,6 +69,7 @@ class Encoder:
     def __init__(self, encoded: list[Any], rows: tuple[int, ...], prompts: list[str]) -> None:
         self._encoded, self._rows, self._prompts = encoded, rows, prompts
         self._calls = 0
+        self.suspect: int | None = None
 
     def __call__(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
         index, self._calls = self._calls, self._calls + 1
@@ -79,14 +79,14 @@ class Encoder:
         with torch.no_grad():
             self._encoded.append(stock(*args, **kwargs))
             if index == 0 and len(set(self._prompts)) > 1 and _TOGETHER.get(stock.__self__) is not False:
-                self._compare_alone(stock, inspect.signature(stock).bind(*args, **kwargs).arguments)
+                self.suspect = self._differs_alone(stock, inspect.signature(stock).bind(*args, **kwargs).arguments)
         return self._encoded[index]
 
-    def _compare_alone(self, stock: Any, arguments: dict[str, Any]) -> None:
-        """Warn if the shortest prompt is encoded to something else alone than with the others."""
+    def _differs_alone(self, stock: Any, arguments: dict[str, Any]) -> int | None:
+        """The row of the shortest prompt, if that is encoded to something else alone than with the others."""
         texts = arguments.get("prompt")
         if not isinstance(texts, list) or len(self._prompts) % len(texts) or len(texts) < 2:
-            return
+            return None
         one = min(range(len(texts)), key=lambda i: len(texts[i]))
         copies = len(self._prompts) // len(texts)
         rest = {n: [v[one]] if isinstance(v, list) and len(v) == len(texts) else v for n, v in arguments.items()}
@@ -95,12 +95,7 @@ class Encoder:
         together = not _alike(alone, pick_rows(self._encoded[0], (one * copies,), len(self._prompts)))
         if together or len({len(t) for t in texts}) > 1:  # equally long ones tell nothing of padding
             _TOGETHER[stock.__self__] = together
-        if together:
-            warnings.warn(
-                f"{type(stock.__self__).__name__} encodes the prompts of a batch together, so that an image depends on the "
-                "other prompts of its batch; for the same image in any batch pass one prompt at a time",
-                stacklevel=2,
-            )
+        return one * copies if together else None
 
 
 @dataclass
@@ -126,6 +121,7 @@ class Repeats:
         self.base = tuple(range(len(self.prompts)))
         self._draws = Draws(self.call.get("generator"))
         self._encoded: list[Any] = []
+        self._first: Encoder | None = None
 
     @property
     def shares_a_picture(self) -> bool:
@@ -137,7 +133,7 @@ class Repeats:
         """The same call with a picture for each row, so that each is encoded with its row's random numbers."""
         pictures = {n: _repeated(v, len(self.base)) for n, v in self.call.items() if _single(v)}
         each = Repeats(self.pipe, {**self.call, **pictures}, self.prompts)
-        each._draws, each._encoded = self._draws, self._encoded
+        each._draws, each._encoded, each._first = self._draws, self._encoded, self._first
         return each
 
     def again(self, generators: Sequence[torch.Generator] | None = None) -> dict[str, Any]:
@@ -187,7 +183,15 @@ class Repeats:
 
     def encoder(self, rows: tuple[int, ...]) -> Encoder:
         """What encodes the prompts of a call for rows."""
-        return Encoder(self._encoded, rows, self.prompts)
+        encoder = Encoder(self._encoded, rows, self.prompts)
+        if not self._encoded:
+            self._first = encoder
+        return encoder
+
+    @property
+    def suspect(self) -> int | None:
+        """A row whose prompt is encoded to something else alone than with the others, as is seen the first time."""
+        return None if self._first is None else self._first.suspect
 
 
 def _alike(first: Any, second: Any) -> bool:

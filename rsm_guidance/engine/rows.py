@@ -80,17 +80,17 @@ def _tensor_follows(whole: Tensor, picked: Tensor, rows: Sequence[int], count: i
         return False
     grown = [a for a in range(whole.ndim) if whole.shape[a] != picked.shape[a]]
     if not grown:
-        return _close(whole, picked)
+        return close(whole, picked)
     axis, copies = grown[0], whole.shape[grown[0]] // count
     if len(grown) > 1 or copies * count != whole.shape[axis] or copies * len(rows) != picked.shape[axis]:
         return False
     index = (copied(torch.tensor(rows), copies, count, layout).to(whole.device) for layout in _LAYOUTS)
-    return any(_close(whole.index_select(axis, i), picked) for i in index)
+    return any(close(whole.index_select(axis, i), picked) for i in index)
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
+def close(a: Tensor, b: Tensor) -> bool:
     """Equal but for what other kernels for other batches round."""
     if not a.is_floating_point() or torch.equal(a, b):
         return torch.equal(a, b)
-    close = 2e-4 if a.dtype.itemsize >= 4 else 3e-2
-    return bool(torch.allclose(a.float(), b.float(), rtol=close, atol=close * max(float(a.abs().max()), 1e-6)))
+    within = 2e-4 if a.dtype.itemsize >= 4 else 3e-2
+    return bool(torch.allclose(a.float(), b.float(), rtol=within, atol=within * max(float(a.abs().max()), 1e-6)))

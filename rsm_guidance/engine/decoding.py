@@ -31,8 +31,10 @@ def decoding_of(output: Output) -> str:
     Args:
         output: the stock output, a sequence whose first entry holds the images, for "pt" and "np".
     """
-    arrays = _arrays(_try(output, "np"))
-    tensors = _tensors(_try(output, "pt"))
+    errors: list[Exception] = []
+    arrays, tensors = _arrays(_try(output, "np", errors)), _tensors(_try(output, "pt", errors))
+    if len(errors) == 2:
+        raise errors[0]
     if arrays is None:
         return _ARRAYS if tensors is None else "tensors"
     if tensors is not None:
@@ -77,12 +79,13 @@ def images_of(
     return images if order is None else images[order]
 
 
-def _try(output: Output, kind: str) -> Any:
+def _try(output: Output, kind: str, errors: list[Exception]) -> Any:
     try:
         return output(kind)
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception:  # whatever a pipeline says to an output type that it does not know
+    except Exception as error:  # whatever a pipeline says to an output type that it does not know
+        errors.append(error)
         return None
 
 

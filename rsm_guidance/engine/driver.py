@@ -7,7 +7,8 @@ the call itself, as it is, in as many turns as a row occurs: that is right for e
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -39,6 +40,8 @@ class Known:
         distinct: whether `scheduler.step` was seen to be called once per level.
         blends: as in `Surroundings`; None before it was seen.
         moved: whether the call changes the latents between `prepare_latents` and its first step; None before it was seen.
+        memory: what the denoiser is given, or makes, at a level that depends on the levels before; "" if there is no such thing,
+            None before it was tried.
         together: whether a row is denoised to something else than alone; None before it was tried.
         decoding: how the output is made to images; None before it was tried.
     """
@@ -49,6 +52,7 @@ class Known:
     distinct: bool = False
     blends: bool | None = None
     moved: bool | None = None
+    memory: str | None = None
     together: bool | None = None
     decoding: str | None = None
 
@@ -192,6 +196,16 @@ class Driver:
                 )
             self._start, self.scheduler_state = start, paused.loop.scheduler_state()
             self.per_row = self.per_row or (2.0 if start.guided else 1.0)
+            if (
+                paused.loop.drew_globally
+                and len(self.base) > 1
+                and isinstance(self.repeats.call.get("generator"), list)
+            ):
+                warnings.warn(
+                    f"{type(self.pipe).__name__} draws from torch's global generator for its whole batch, so that an image depends "
+                    "on the size of its batch; for the same image in any batch pass one prompt at a time",
+                    stacklevel=2,
+                )
             if self.repeats.suspect is not None:
                 self._compare_alone(self.repeats.suspect)
         return self._start
@@ -205,6 +219,7 @@ class Driver:
 
     def step_at(self, x: Tensor, level: int, rows: Rows) -> Step:
         """The denoiser's answer about latents x [R, ...] of rows at a level."""
+        self._require_levels()
         turns = self._turns(rows)
         steps = [self._turn(i, turn, turn.takes(x), level) for i, turn in enumerate(turns)]
         if len(turns) == 1 and turns[0].places == tuple(range(len(rows))):
@@ -307,22 +322,16 @@ class Driver:
         """
         loop = self._loop(call, rows, latents, self.started().steps)
         try:
-            pause = loop.resume()
-            while not isinstance(pause, Done):
+            with self._told_of_blanks(loop):
                 pause = loop.resume()
+                while not isinstance(pause, Done):
+                    pause = loop.resume()
             return pause.output
         except UnboundLocalError:
             if self.around.blends:
                 raise
             self.around.blends = self.known.blends = True
             return self._ended_at_once(call, rows, latents)
-        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-            if not loop.skips or isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise UsageError(
-                f"{type(self.pipe).__name__} cannot be guided: its output cannot be had without evaluating its denoiser again "
-                f"({type(error).__name__}: {error}); call it with sampler=None"
-            ) from error
         finally:
             loop.close()
 
@@ -350,9 +359,14 @@ class Driver:
             loop.close()
 
     def rehearse(
-        self, x: Tensor, rows: Rows, stand_ins: Mapping[str, Any], call: dict[str, Any] | None = None
+        self,
+        x: Tensor,
+        rows: Rows,
+        stand_ins: Mapping[str, Any],
+        call: dict[str, Any] | None = None,
+        skip: int = 0,
     ) -> Iterator[Step]:
-        """The call from its first level on, with stand-ins for modules (see `StockLoop`) and latents x [R, ...] at each level.
+        """The call from its first level on, or after `skip`, with stand-ins for modules (see `StockLoop`) and latents x [R, ...] at each level.
 
         It is apart from the paused calls.  A callback of the caller's own is left out, diffusers' stay.
 
@@ -367,11 +381,11 @@ class Driver:
         if not isinstance(call.get("callback_on_step_end"), PipelineCallback | MultiPipelineCallbacks):
             call.pop("callback_on_step_end", None)
         call.pop("callback", None)
-        loop = self._loop(call, rows, x, stand_ins=stand_ins)
+        loop = self._loop(call, rows, x, skip, stand_ins)
         try:
             start = start_of(loop)
-            for level in range(start.steps - start.idle):  # and not to the end of the call, where it decodes
-                pause = loop.resume(x if level else None)
+            for level in range(skip, start.steps - start.idle):  # and not to the end of the call, where it decodes
+                pause = loop.resume(x if level > skip else None)
                 if not isinstance(pause, Step):
                     return
                 yield pause
@@ -492,18 +506,58 @@ class Driver:
     def _resume(self, loop: StockLoop, x: Tensor | None) -> Pause:
         before = loop.evaluations
         try:
-            return loop.resume(x)
+            with self._told_of_blanks(loop):
+                return loop.resume(x)
         finally:
             self.evaluations += loop.evaluations - before
 
+    @contextmanager
+    def _told_of_blanks(self, loop: StockLoop) -> Iterator[None]:
+        """Say of an error in skipped steps that it is from skipping them."""
+        try:
+            yield
+        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            if not loop.skips or isinstance(error, torch.OutOfMemoryError | UnboundLocalError):
+                raise
+            raise UsageError(
+                f"{type(self.pipe).__name__} cannot be guided: its steps cannot be skipped without evaluating its denoiser "
+                f"({type(error).__name__}: {error}); call it with sampler=None"
+            ) from error
+
     # --- what is tried once ---
+
+    def _require_levels(self) -> None:
+        """Refuse to drive a call level by level where a jump to a level is not the same as arriving there.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        if self.known.memory is None:
+            self.known.memory = ""
+            arrived = self._visits(self.repeats.again, self.base, self._noise(), drawn=True) if self.steps > 1 else []
+            jumped = self._visits(self.repeats.again, self.base, self._noise(), drawn=True, skip=1) if arrived else []
+            if arrived[1:] and jumped:
+                calls = jumped[0].calls[
+                    -len(arrived[1].calls) :
+                ]  # without those of a step that was passed with a blank denoiser
+                there = [replace(jumped[0], calls=calls)]
+                self.known.memory = difference(arrived[1:], there, self.base, len(self.base)) or ""
+        if self.known.memory:
+            raise ValueError(
+                f"{type(self.pipe).__name__} cannot be guided from level to level: {self.known.memory} depends on the levels before; "
+                "use 'none' or 'best-of-n' with the transition 'scheduler'"
+            )
+
+    def _noise(self) -> Tensor:
+        """Some latents [B, ...]."""
+        like = self.started().latents
+        return torch.randn(like.shape, generator=torch.Generator().manual_seed(1)).to(like)
 
     def _way(self) -> str:
         """How to ask for other rows in one call; "" if there is no right way."""
         if self.known.way is None:
             rows = picked_rows(len(self.base))
-            x = torch.randn(self.started().latents.shape, generator=torch.Generator().manual_seed(1))
-            x = x.to(self.started().latents)
+            x = self._noise()
             whole = self._visits(self.repeats.again, self.base, x)
             self.known.way = ""
             for way in WAYS if whole else ():
@@ -524,8 +578,10 @@ class Driver:
             self.known.pictures = "mixed" if shared else "shared"
             if self._last_is_alone(shared, last):
                 self.known.pictures = "shared"
-            elif self._last_is_alone(self._visits(each.again, self.base, None), last):
-                self.known.pictures = "each"
+            else:
+                whole = self._visits(each.again, self.base, None)
+                if self._last_is_alone(whole, last) or (whole and not shared):
+                    self.known.pictures = "each"
         if self.known.pictures == "each":
             self.repeats = self.repeats.with_a_picture_each()
         elif self.known.pictures == "mixed":
@@ -543,7 +599,7 @@ class Driver:
         if self.known.together is None:
             x = self.started().latents
             loops = [
-                self._loop(self.repeats.again(), self.base, x),
+                self._loop(self.repeats.again(), self.base, x, stand_ins={}),
                 StockLoop(self.pipe, self.repeats.of((row,), "texts"), x[row : row + 1], around=self.around),
             ]
             answers = []
@@ -574,16 +630,18 @@ class Driver:
         alone = self._visits(partial(self.repeats.of, last, "texts"), last, whole[0].sample[-1:])
         return bool(alone) and difference(whole, alone, last, len(self.base)) is None
 
-    def _visits(self, call: Callable[[], dict[str, Any]], rows: Rows, x: Tensor | None) -> list[Visit]:
-        """The first two levels of a call, with blanks for its denoiser; empty where it fails."""
+    def _visits(
+        self, call: Callable[[], dict[str, Any]], rows: Rows, x: Tensor | None, drawn: bool = False, skip: int = 0
+    ) -> list[Visit]:
+        """Two levels of a call, the first or those after `skip`, with blanks for its denoiser; empty where it fails."""
         loop = None
         try:
             if x is None:
                 loop = self._loop(call(), rows)
                 x = start_of(loop).latents
-            blanks = Blanks(x, self.around.shapes)
+            blanks = Blanks(x, self.around.shapes, drawn)
             seen = []
-            for visit in visits(self.pipe, partial(self.rehearse, x, rows, call=call()), x, blanks):
+            for visit in visits(self.pipe, partial(self.rehearse, x, rows, call=call(), skip=skip), x, blanks):
                 seen.append(visit)
                 if len(seen) == 2:
                     break

@@ -1,7 +1,9 @@
 """The few things in which pipeline classes differ for the engine, each with its reason."""
 
+import ast
 import functools
 import inspect
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -57,8 +59,25 @@ def _traits(cls: type[DiffusionPipeline]) -> Traits:
     )
 
 
+@functools.cache
 def why_not(cls: type[DiffusionPipeline]) -> str | None:
-    """Why the engine cannot drive a pipeline class; None if it can."""
+    """Why the engine cannot drive a pipeline class, as far as its source tells; None if nothing speaks against it.
+
+    What only shows when it runs is tried then, and by `engine.probe`.
+    """
+    reason = _no_loop(cls)
+    if reason is not None:
+        return reason
+    bars, loops = _nesting(ast.parse(textwrap.dedent(inspect.getsource(stock_call_of(cls)))))
+    if bars > 1:
+        return "its denoising loop lies within another one with a progress bar, so that there is no single run to guide"
+    if loops > 1:
+        return "it denoises in pieces: scheduler.step is called several times per level"
+    return None
+
+
+def _no_loop(cls: type[DiffusionPipeline]) -> str | None:
+    """Why a class has no denoising loop that the engine can pause; None if it has one."""
     source = inspect.getsource(stock_call_of(cls))
     if "scheduler.step(" not in source:
         return "its __call__ has no denoising loop with scheduler.step"
@@ -67,6 +86,19 @@ def why_not(cls: type[DiffusionPipeline]) -> str | None:
     if "progress_bar" not in source:
         return "it opens no progress bar before its denoising loop, where the engine reads what the call has prepared"
     return None
+
+
+def _nesting(node: ast.AST, bars: int = 0, loops: int = 0) -> tuple[int, int]:
+    """Around `scheduler.step`, at most: progress bars, and loops inside of the innermost of them."""
+    deepest = (0, 0)
+    if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("scheduler.step"):
+        deepest = (bars, loops)
+    heads = [ast.unparse(item.context_expr) for item in node.items] if isinstance(node, ast.With) else []
+    if isinstance(node, ast.For | ast.While):
+        heads, loops = [ast.unparse(node.iter if isinstance(node, ast.For) else node.test)], loops + 1
+    if any("progress_bar" in head for head in heads):
+        bars, loops = bars + 1, int(isinstance(node, ast.For))
+    return max([deepest, *(_nesting(child, bars, loops) for child in ast.iter_child_nodes(node))])
 
 
 def uses_guidance(pipe: DiffusionPipeline, call: dict[str, Any]) -> bool:
@@ -101,10 +133,18 @@ def denoisers_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
 
 
 def require_drivable(pipe: DiffusionPipeline) -> None:
-    """Raise a ValueError that says why the engine cannot drive this pipeline, if so."""
+    """Raise a ValueError that says why the engine cannot drive this pipeline, if its class or its components tell."""
+    require_pausable(pipe)
+    reason = why_not(type(pipe))
+    if reason is not None:
+        raise ValueError(f"{type(pipe).__name__} cannot be guided: {reason}; call it with sampler=None")
+
+
+def require_pausable(pipe: DiffusionPipeline) -> None:
+    """Raise a ValueError that says so, if a pipeline has nothing at which the engine could pause it."""
     if not isinstance(pipe, DiffusionPipeline):
         raise ValueError(f"a diffusers pipeline is needed, not {type(pipe).__name__}")
-    reason = why_not(type(pipe))
+    reason = _no_loop(type(pipe))
     if reason is not None:
         raise ValueError(f"{type(pipe).__name__} cannot be guided: {reason}; call it with sampler=None")
     if not denoisers_of(pipe):

@@ -133,6 +133,7 @@ class StockLoop:
         own_steps: whether the scheduler takes its own steps, pausing after each; set it before the first step.
         watched: whether the next step says what the scheduler would have done.
         drew: whether a level drew from the generators of the call.
+        drew_globally: whether its preparation drew from torch's global generators.
     """
 
     def __init__(
@@ -152,8 +153,9 @@ class StockLoop:
         self._live, self._random, self._level = live, self._around.before, skip
         self._inner_processors: list[Any] | None = None
         self._begun: Tensor | None = None
+        self._before: State | None = None
         self.evaluations = 0
-        self.own_steps = self.watched = self.drew = False
+        self.own_steps = self.watched = self.drew = self.drew_globally = False
         self._override = latents
         traits = traits_of(pipe)
         # diffusers' own callbacks change the run at certain steps, so they must see the steps that a jump passes, too.
@@ -291,7 +293,7 @@ class StockLoop:
         """One skipped step is over; after the last one the denoisers are the real ones again."""
         self._blank -= 1
         if not self._blank:
-            vars(self.pipe).update(self._denoisers)
+            vars(self.pipe).update(self._denoisers | self._stand_ins)
         return self._prepared()
 
     def _callback(self, stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -360,11 +362,15 @@ class StockLoop:
             self._begun = self._own_random()
         if not live:
             around.random.put(self._random)
+        self._before = None if started else outer if live else self._random
         return processors, outer, live
 
     def _leave(self, processors: list[Any], outer: State, live: bool) -> None:
         around = self._around
         self._inner_processors, self._random = around.processors.now(), around.random.now()
+        if self._before is not None:
+            pairs = zip(self._before, self._random, strict=True)
+            self.drew_globally = not all(torch.equal(a, b) for a, b in pairs)
         if not _alike(processors, self._inner_processors):
             around.processors.put(processors)
         if self._begun is not None:

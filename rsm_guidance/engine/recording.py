@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rsm_guidance.core.random import derive_seed
 from rsm_guidance.engine.families import denoisers_of
 from rsm_guidance.engine.loop import Step
 from rsm_guidance.engine.stand_ins import Named, Shapes, batch_size
@@ -40,7 +41,7 @@ Rehearse = Callable[[Mapping[str, Any]], Iterator[Step]]
 """Runs a call with stand-ins for modules, by their names in the pipeline."""
 
 
-class _Recorder:
+class Recorder:
     """Stands in for a module: notes each call and answers in its place; passes for it otherwise."""
 
     def __init__(self, name: str, module: nn.Module, calls: list[Call], answer: Answer) -> None:
@@ -72,7 +73,7 @@ def modules_of(pipe: Any) -> dict[str, nn.Module]:
 def visits(pipe: Any, rehearse: Rehearse, x: Tensor, answer: Answer) -> Iterator[Visit]:
     """The levels of a call that is rehearsed with latents x [R, ...] at each, its modules answered for by `answer`."""
     calls: list[Call] = []
-    recorders = {name: _Recorder(name, m, calls, answer) for name, m in modules_of(pipe).items()}
+    recorders = {name: Recorder(name, m, calls, answer) for name, m in modules_of(pipe).items()}
     devices = [x.device] if x.device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
         for step in rehearse(recorders):
@@ -96,11 +97,13 @@ class Blanks:
     """Answers for modules at no cost, shaped like what they answered when they were asked.
 
     Denoisers answer random numbers, so that what is done with them can be told from the result.  Where `seen` has no
-    answer of a denoiser it gives zeros, and other modules are asked once.
+    answer of a denoiser it gives zeros, or, if `drawn`, random numbers that only depend on its inputs; other modules are asked
+    once.
     """
 
     sample: Tensor
     shapes: Shapes = field(default_factory=Shapes)
+    drawn: bool = False
     seen: dict[str, tuple[Any, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -113,7 +116,12 @@ class Blanks:
                 self.seen[name] = (module(*args, **kwargs), count)
             return _markers(self.seen[name][0], count)
         if name not in self.seen:
-            return Named((self.sample.new_zeros(count, *self.shapes.of(name, module, self.sample)),))
+            shape = (count, *self.shapes.of(name, module, self.sample))
+            if not self.drawn:
+                return Named((self.sample.new_zeros(shape),))
+            told = [float(t.double().sum()) for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+            random = torch.Generator().manual_seed(derive_seed(name, count, str(told)))
+            return Named((torch.randn(shape, generator=random).to(self.sample),))
         return self._like(self.seen[name][0], count)
 
     def _like(self, answer: Any, count: int) -> Any:

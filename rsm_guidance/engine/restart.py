@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rsm_guidance.core.random import derive_seed
 from rsm_guidance.engine.families import copies_of, pick_rows, traits_of
+from rsm_guidance.engine.rows import close
 
 _CONDITIONING = ("prompt", "negative_prompt", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
@@ -197,12 +198,7 @@ class Repeats:
 def _alike(first: Any, second: Any) -> bool:
     """Whether two encodings of a prompt are the same, but for what other kernels for other batches round."""
     if isinstance(first, Tensor) and isinstance(second, Tensor):
-        if first.shape != second.shape:
-            return False
-        close = 1e-4 if first.dtype.itemsize >= 4 else 3e-2
-        return bool(
-            torch.allclose(first.float(), second.float(), rtol=close, atol=close * max(float(first.abs().max()), 1.0))
-        )
+        return first.shape == second.shape and close(first, second)
     if isinstance(first, list | tuple) and isinstance(second, list | tuple):
         return len(first) == len(second) and all(map(_alike, first, second))
     return True

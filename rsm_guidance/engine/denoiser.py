@@ -238,6 +238,15 @@ class PipelineDenoiser:
         """
         return self._driver.rehearse(x, rows, stand_ins)
 
+    def answer_at_random(self) -> None:
+        """Let random numbers stand in for the denoiser's answers from now on, at no cost."""
+        self._driver.answer_at_random()
+
+    @property
+    def batches(self) -> bool:
+        """Whether other rows than the call's own can be asked for in one call."""
+        return self._driver.batches
+
     def over(self, pipe: DiffusionPipeline | None) -> "PipelineDenoiser":
         """The denoiser of another pipeline, or of this one, for the same call; closed with this one."""
         other = PipelineDenoiser(pipe or self.pipe, self._call, self._seed)

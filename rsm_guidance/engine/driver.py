@@ -19,9 +19,9 @@ from torch import Tensor
 
 from rsm_guidance.core.contracts import StopRequested, UsageError
 from rsm_guidance.engine.arguments import NotReplayable
-from rsm_guidance.engine.families import prompts_of
+from rsm_guidance.engine.families import denoisers_of, prompts_of
 from rsm_guidance.engine.loop import Done, Pause, Start, Step, StockLoop, Surroundings
-from rsm_guidance.engine.recording import Blanks, Visit, first_number, visits
+from rsm_guidance.engine.recording import Blanks, Recorder, Visit, first_number, visits
 from rsm_guidance.engine.restart import WAYS, Repeats
 from rsm_guidance.engine.rows import close, difference, picked_rows
 
@@ -393,10 +393,26 @@ class Driver:
             self.evaluations += loop.evaluations
             loop.close()
 
-    def close(self) -> None:
-        """Abandon the paused calls; offload hooks are released as at the end of a stock call."""
+    def answer_at_random(self) -> None:
+        """Let random numbers, which depend on what it is given, stand in for the denoiser's answers."""
+        blanks = Blanks(self.started().latents, self.around.shapes, drawn=True)
+        calls: list[Any] = []
+        self.stand_ins = {n: Recorder(n, m, calls, blanks) for n, m in denoisers_of(self.pipe).items()}
+        self.discard()
+
+    @property
+    def batches(self) -> bool:
+        """Whether there is a way to ask for other rows in one call."""
+        return bool(self._way())
+
+    def discard(self) -> None:
+        """Abandon the paused calls."""
         while self._paused:
             self._paused.popitem()[1].loop.close()
+
+    def close(self) -> None:
+        """Abandon the paused calls; offload hooks are released as at the end of a stock call."""
+        self.discard()
         if self._start is not None and not self._closed:
             self._closed = True
             self.pipe.maybe_free_model_hooks()

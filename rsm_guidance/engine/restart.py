@@ -36,10 +36,15 @@ class Draws:
 
     With one generator for several rows that hold input images it is not the same: diffusers encodes a common image once,
     a restart one for each row.  Pass a generator for each row, or a seed.
+
+    Args:
+        generator: of the call.
+        count: number of its rows.
     """
 
-    def __init__(self, generator: torch.Generator | list[torch.Generator] | None) -> None:
-        self._each = isinstance(generator, list)
+    def __init__(self, generator: torch.Generator | list[torch.Generator] | None, count: int) -> None:
+        self._each = isinstance(generator, list) or count == 1
+        self._alone = not isinstance(generator, list)
         given = generator if isinstance(generator, list) else [] if generator is None else [generator]
         self._states = [(g.device, g.get_state(), g.initial_seed()) for g in given]
 
@@ -47,10 +52,10 @@ class Draws:
         """Generators for rows; one that served a whole batch cannot serve a part of it, so rows get seeds from it."""
         if not self._states:
             return None
+        if self._alone and rows == base:
+            return self._copy(0)
         if self._each:
             return [self._copy(r) for r in rows]
-        if rows == base:
-            return self._copy(0)
         device, _, seed = self._states[0]
         return [torch.Generator(device).manual_seed(derive_seed(seed, r)) for r in rows]
 
@@ -120,7 +125,7 @@ class Repeats:
             k: [*v] if isinstance(v, list) else v for k, v in self.call.items()
         }  # some calls change their lists
         self.base = tuple(range(len(self.prompts)))
-        self._draws = Draws(self.call.get("generator"))
+        self._draws = Draws(self.call.get("generator"), len(self.base))
         self._encoded: list[Any] = []
         self._first: Encoder | None = None
 

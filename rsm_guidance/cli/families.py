@@ -57,7 +57,7 @@ def probe(model: str) -> list[str]:
     location = model_location(model)
     cls, config = stock_class(location)
     name = cls.__name__
-    reason = why_not(cls)
+    reason = why_not(cls)  # type: ignore[arg-type]
     if reason is not None:
         return [f"{name}: cannot be guided: {reason}"]
     found, untried = _tried(location)

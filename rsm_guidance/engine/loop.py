@@ -385,7 +385,8 @@ class StockLoop:
         if not _alike(processors, self._inner_processors):
             around.processors.put(processors)
         if self._begun is not None:
-            self.drew = not torch.equal(self._begun, self._own_random())
+            now = self._own_random()
+            self.drew = now is not None and not torch.equal(self._begun, now)
             self._begun = None
         if not live:
             around.random.put(outer)

@@ -202,7 +202,7 @@ def levels_of(reading: Reading, state: dict[str, Any], steps: int, idle: int = 0
 
 def _found(scheduler: SchedulerMixin) -> Reading | str:
     """The reading of a scheduler, or why there is none."""
-    return _tried(type(scheduler), json.dumps(dict(scheduler.config), sort_keys=True, default=str))
+    return _tried(type(scheduler), json.dumps(dict(scheduler.config), sort_keys=True, default=str))  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=256)
@@ -253,7 +253,7 @@ def _readings(scheduler: Any, config: dict[str, Any]) -> Iterator[Reading]:
         for kind in kinds:
             if (kind == "flow") == (convention in ("flow", "rising")):
                 for clip, implied in clips:
-                    yield Reading(convention, kind, -1 if convention == "rising" else 1, clip, implied)
+                    yield Reading(convention, kind, -1 if convention == "rising" else 1, clip, implied)  # type: ignore[arg-type]
 
 
 def _fits(scheduler: Any, reading: Reading, steps: int) -> bool:

@@ -16,10 +16,10 @@ from diffusers.utils import BaseOutput
 from rsm_guidance.core.contracts import Reward, ValueSource
 from rsm_guidance.core.errors import UsageError
 from rsm_guidance.core.ledger import Budget, Ledger
-from rsm_guidance.core.random import Purpose, RandomStreams, derive_seed
+from rsm_guidance.core.random import Purpose, RandomStreams, derive_seed, generator_of
 from rsm_guidance.engine import PipelineDenoiser
 from rsm_guidance.engine.driver import rows_of
-from rsm_guidance.engine.families import prompts_of, require_drivable, traits_of
+from rsm_guidance.engine.families import prompts_of, require_drivable, traits_of, why_not
 from rsm_guidance.engine.turns import turn_of
 from rsm_guidance.rewards import name_of, resolve_reward
 from rsm_guidance.samplers import Monitor, Progress, Sampler, SamplerOutput, Task, Watch, parse_sampler, run
@@ -171,14 +171,16 @@ def _call(
     if sampler is not None:
         if "prompt" in traits_of(pipe).parameters:
             _check_prompt(call)
-    prompts = rows_of(pipe, call) if sampler is not None or seed is not None else prompts_of(call)
+    counts = sampler is not None or (seed is not None and why_not(type(pipe)) is None)  # type: ignore[arg-type]
+    prompts = rows_of(pipe, call) if counts else prompts_of(call)
     if seed is not None and generator is not None:
         raise UsageError("pass either seed or generator, not both")
     if seed is None and sampler is not None:
         seed = _seed_of(generator)
     streams = RandomStreams.for_prompts(seed or 0, prompts)
     if seed is not None and generator is None:
-        call["generator"] = [streams.generator(row, Purpose.INITIAL, 0) for row in range(len(prompts))]
+        each = [streams.generator(row, Purpose.INITIAL, 0) for row in range(len(prompts))]
+        call["generator"] = each or generator_of(seed, Purpose.INITIAL)
     if sampler is None:
         given = [name for name, value in ours.items() if value is not None]
         if given:

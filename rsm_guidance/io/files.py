@@ -141,9 +141,9 @@ def require_image_name(path: Path) -> Path:
     return require_writable(path)
 
 
-def write_image(path: Path, image: Image.Image) -> None:
-    """Write an image atomically, in the format its suffix names."""
-    write_atomically(path, image.save)
+def write_image(path: Path, image: Image.Image, **options: Any) -> None:
+    """Write an image atomically, in the format its suffix names, with options of `Image.save`."""
+    write_atomically(path, lambda partial: image.save(partial, **options))
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -154,6 +154,8 @@ class PipelineDenoiser:
             UsageError: if its output is no image, video or sound; under gradient, if it gives no tensors.
         """
         wanted, known = self._wanted(rows), self._driver.known
+        if len(wanted) != len(x0):
+            raise ValueError(f"{len(x0)} latents were given for {len(wanted)} rows; they must be as many")
         plain = self._plain_decoding()
         outputs = partial(self._driver.outputs, stand_ins=plain)
         x0 = x0.float() if "vae" in plain else x0

@@ -32,12 +32,18 @@ class GuidedPipelineOutput(BaseOutput):
         rewards: float per image by the final judge, or None without one.
         ledger: what the call spent.
         trace: JSON-serialisable record of every candidate, score and choice.
+        log_normalizer: float per image, an estimate of log E[exp(reward / temperature)], where the sampler gives one.
+        log_weights: per image the normalised log-weights of all its finished particles, whose rewards are
+            `trace["candidates"]["rewards"]`; None for samplers without weights.  They belong to the particles, not to the
+            images: an image drawn by weight has none.
     """
 
     images: Any
     rewards: list[float] | None
     ledger: Ledger
     trace: dict[str, Any]
+    log_normalizer: list[float] | None = None
+    log_weights: list[list[float]] | None = None
 
 
 _KINDS: dict[str, Any] = {
@@ -193,8 +199,9 @@ def _guided(
     output.trace["ledger"] = ledger.to_dict()  # now with the final decode
     if call.get("return_dict") is False:
         return images
-    rewards = None if output.rewards is None else output.rewards.tolist()
-    return GuidedPipelineOutput(images[0], rewards, output.ledger, output.trace)
+    rewards, normalizer = (None if v is None else v.tolist() for v in (output.rewards, output.log_normalizer))
+    weights = None if output.particles is None else [p.log_weights.tolist() for p in output.particles]
+    return GuidedPipelineOutput(images[0], rewards, output.ledger, output.trace, normalizer, weights)
 
 
 def scoring(reward: Any, value: Any, pipe: DiffusionPipeline) -> tuple[Reward | None, ValueSource | None]:

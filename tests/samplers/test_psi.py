@@ -177,7 +177,9 @@ def test_through_the_pipeline(guided: Any, drm: rg.DiffusionRewardModel, gradien
     sampler = PsiSampler(4, initial=CrankNicolson(2, 1, 1, gradient=gradient), gradient=gradient)
     steered = guided(prompt=prompts, sampler=sampler, reward=drm, **call)
     assert steered.images.isfinite().all() and not torch.allclose(steered.images, plain.images, atol=0.1)
-    assert steered.rewards == [max(row) for row in steered.trace["candidates"]["rewards"]]
+    table = steered.trace["candidates"]
+    assert steered.rewards == [row[i] for row, i in zip(table["rewards"], table["chosen"], strict=True)]
+    assert steered.log_weights == table["log_weights"] and steered.log_normalizer is None
     values, taken = (torch.tensor(steered.trace["chain"][name]) for name in ("values", "accepted"))
     assert values.shape == (3, 4) and bool((taken > 0).any())
     alone = guided(prompt=prompts[2:], sampler=sampler, reward=drm, **call)

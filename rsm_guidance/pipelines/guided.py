@@ -35,12 +35,18 @@ class GuidedPipelineOutput(BaseOutput):
         rewards: float per image by the final judge, or None without one.
         ledger: what the call spent.
         trace: JSON-serialisable record of every candidate, score and choice.
+        log_normalizer: float per image, an estimate of log E[exp(reward / temperature)], where the sampler gives one.
+        log_weights: per image the normalised log-weights of all its finished particles, whose rewards are
+            `trace["candidates"]["rewards"]`; None for samplers without weights.  They belong to the particles, not to the
+            images: an image drawn by weight has none.
     """
 
     images: Any
     rewards: list[float] | None
     ledger: Ledger
     trace: dict[str, Any]
+    log_normalizer: list[float] | None = None
+    log_weights: list[list[float]] | None = None
 
     @classmethod
     def of(cls, stock: BaseOutput, **ours: Any) -> "GuidedPipelineOutput":
@@ -231,8 +237,14 @@ def _guided(
     output.trace["ledger"] = ledger.to_dict()  # now with the final decode
     if as_tuple:
         return stock.to_tuple()
-    rewards = None if output.rewards is None else output.rewards.tolist()
-    return GuidedPipelineOutput.of(stock, rewards=rewards, ledger=output.ledger, trace=output.trace)
+    ours = {
+        "rewards": None if output.rewards is None else output.rewards.tolist(),
+        "ledger": output.ledger,
+        "trace": output.trace,
+        "log_normalizer": None if output.log_normalizer is None else output.log_normalizer.tolist(),
+        "log_weights": None if output.particles is None else [p.log_weights.tolist() for p in output.particles],
+    }
+    return GuidedPipelineOutput.of(stock, **ours)
 
 
 def scoring(reward: Any, value: Any, pipe: DiffusionPipeline) -> tuple[Reward | None, ValueSource | None]:

@@ -60,7 +60,7 @@ SIZE: dict[str, Any] = {"num_inference_steps": 4, "height": 32, "width": 32}
 TEXT: dict[str, Any] = {**SIZE, "max_sequence_length": 48}
 EDIT: dict[str, Any] = {"num_inference_steps": 4, "image": parts.picture(), "strength": 0.75}
 FILL: dict[str, Any] = {**SIZE, **EDIT, "mask_image": parts.mask()}
-_PLAIN: dict[str, Any] = {**TEXT, "clean_caption": False, "use_resolution_binning": False}
+PLAIN: dict[str, Any] = {**TEXT, "clean_caption": False, "use_resolution_binning": False}
 
 ZOO: dict[str, Specimen] = {
     found.name: found
@@ -149,15 +149,15 @@ ZOO: dict[str, Specimen] = {
             "pixart_alpha",
             lambda: df.PixArtAlphaPipeline(**families.pixart(df.DPMSolverMultistepScheduler(**parts.betas()))),
             guidance_scale=4.5,
-            **_PLAIN,
+            **PLAIN,
         ),
         specimen(
             "pixart_sigma",
             lambda: df.PixArtSigmaPipeline(**families.pixart(parts.ddim())),
             guidance_scale=4.5,
-            **_PLAIN,
+            **PLAIN,
         ),
-        specimen("sana", families.sana, guidance_scale=4.5, complex_human_instruction=None, **_PLAIN),
+        specimen("sana", families.sana, guidance_scale=4.5, complex_human_instruction=None, **PLAIN),
         specimen("qwenimage", families.qwenimage, negative_prompt=" ", true_cfg_scale=4.0, **TEXT),
         specimen(
             "qwenimage_edit",

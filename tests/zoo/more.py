@@ -6,7 +6,7 @@ import diffusers as df
 import torch
 import transformers as tf
 
-from tests.zoo import EDIT, FILL, SIZE, TEXT, Specimen, families, parts, specimen
+from tests.zoo import EDIT, FILL, PLAIN, SIZE, TEXT, Specimen, families, parts, specimen
 
 
 def _controlnet(unet: df.UNet2DConditionModel) -> df.ControlNetModel:
@@ -175,7 +175,7 @@ MORE: dict[str, Specimen] = {
         specimen("stable_video", stable_video, image=parts.picture(), num_frames=2, **SIZE | {"prompt": None}),
         _guided("sd15_heun", _under(df.HeunDiscreteScheduler(**parts.betas())), **SIZE),
         _guided("sd15_pndm", _under(df.PNDMScheduler(**parts.betas(), skip_prk_steps=True)), **SIZE),
-        _guided("sd15_clipped", _under(df.DDPMScheduler(**parts.betas() | {"steps_offset": 0})), **SIZE),
+        _guided("pixart_clipped", lambda: df.PixArtSigmaPipeline(**families.pixart(df.DDPMScheduler())), **PLAIN),
         _guided("sd15_tcd", _under(df.TCDScheduler(**parts.betas())), **SIZE),
         _guided("sd15_thresholding", _under(df.DDIMScheduler(**parts.betas(), thresholding=True)), **SIZE),
     )

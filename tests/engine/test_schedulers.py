@@ -101,7 +101,7 @@ def test_clipped_estimates_are_the_schedulers() -> None:
         assert prediction.x0.abs().max() == 1, "it clips"
         alpha, sigma = d.schedule.coefficients(1)
         assert torch.allclose(alpha * prediction.x0 + sigma * prediction.eps, prediction.x, atol=1e-5)
-        output = d._driver._paused[0].step.model_output
+        output = d._driver._paused[(0,), 0].step.model_output
         read = d.levels.read_rows(prediction.x, output, torch.tensor([1]))
         assert torch.allclose(read.x0, prediction.x0) and torch.allclose(read.eps, prediction.eps, atol=1e-5)
 

@@ -26,6 +26,11 @@ from rsm_guidance.engine.restart import WAYS, Repeats
 from rsm_guidance.engine.rows import close, difference, picked_rows
 
 Rows = tuple[int, ...]
+Key = tuple[Rows, int]
+"""Of a paused call: its rows, and which of the turns that take the same rows it is."""
+
+_KEPT = 3
+"""For how many kinds of rows calls stay paused, to go on when they are asked for again."""
 
 
 @dataclass
@@ -94,11 +99,10 @@ def rows_of(pipe: DiffusionPipeline, call: Mapping[str, Any]) -> list[str]:
 
 @dataclass
 class _Paused:
-    """A paused stock call: the rows it holds, at which level, with which latents, and what the denoiser said of them."""
+    """A paused stock call: at which level, with which latents, whether these were set, and what the denoiser said of them."""
 
     loop: StockLoop
     start: Start
-    rows: Rows
     level: int
     sample: Tensor
     given: bool = False
@@ -165,7 +169,7 @@ class Driver:
     known: Known = field(init=False)
     scheduler_state: dict[str, Any] = field(default_factory=dict, init=False)
     _start: Start | None = field(default=None, init=False)
-    _paused: dict[int, _Paused] = field(default_factory=dict, init=False)
+    _paused: dict[Key, _Paused] = field(default_factory=dict, init=False)
     _closed: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
@@ -187,7 +191,7 @@ class Driver:
         if self._start is None:
             if self.repeats.shares_a_picture:
                 self._share_picture()
-            paused = self._restart(0, _Turn(self.base, self.base, ""), first=True)
+            paused = self._restart((self.base, 0), _Turn(self.base, self.base, ""), first=True)
             start = paused.start
             if len(start.latents) != len(self.base):
                 raise ValueError(
@@ -221,24 +225,25 @@ class Driver:
         """The denoiser's answer about latents x [R, ...] of rows at a level."""
         self._require_levels()
         turns = self._turns(rows)
-        steps = [self._turn(i, turn, turn.takes(x), level) for i, turn in enumerate(turns)]
+        steps = [self._turn((turn.rows, i), turn, turn.takes(x), level) for i, turn in enumerate(turns)]
         if len(turns) == 1 and turns[0].places == tuple(range(len(rows))):
             return steps[0]
         order = order_of(turns, len(rows))
         joined = torch.cat([s.model_output for s in steps])[order], torch.cat([s.sample for s in steps])[order]
         return Step(*joined, steps[0].timestep, stepper=steps[0].stepper)
 
-    def _turn(self, index: int, turn: _Turn, x: Tensor, level: int) -> Step:
-        paused = self._paused.get(index)
-        if paused is not None and paused.loop.alive and turn.rows == paused.rows:
+    def _turn(self, key: Key, turn: _Turn, x: Tensor, level: int) -> Step:
+        paused = self._paused.get(key)
+        if paused is not None and paused.loop.alive:
+            self._paused[key] = self._paused.pop(key)  # the last one is the one that was used last
             if level == paused.level and x is paused.sample and paused.step is None:
-                return self._advance(index, None)
+                return self._advance(key, None)
             if level == paused.level and (known := paused.answer_to(x)) is not None:
                 return known
             if level == paused.level + 1 and paused.step is not None and paused.step.following is None:
-                return self._advance(index, x)
-        self._restart(index, turn, x, level)
-        return self._advance(index, None)
+                return self._advance(key, x)
+        self._restart(key, turn, x, level)
+        return self._advance(key, None)
 
     def _turns(self, rows: Rows) -> list[_Turn]:
         """The calls that serve some rows together."""
@@ -263,21 +268,22 @@ class Driver:
     ) -> Iterator[tuple[Step, Tensor]]:
         """Each step of the call with the scheduler's own steps, and the latents that follow, [R, ...]."""
         turns, whole = self._turns(rows), generators is None and start is None and rows == self.base
-        for index, turn in enumerate(turns):
-            paused = self._paused.get(index)
-            fresh = paused and paused.loop.alive and (paused.level, paused.step, paused.rows) == (0, None, self.base)
+        keys = [(turn.rows, index) for index, turn in enumerate(turns)]
+        for key, turn in zip(keys, turns, strict=True):
+            paused = self._paused.get(key)
+            fresh = paused and paused.loop.alive and (paused.level, paused.step) == (0, None)
             if not (whole and fresh):
                 drawn = None if generators is None else _for_places(generators, turn.indices)
                 latents = None if start is None else turn.takes(start)
-                paused = self._restart(index, turn, latents, generators=drawn)
+                paused = self._restart(key, turn, latents, generators=drawn)
             assert paused is not None
             paused.loop.own_steps = True
         order = order_of(turns, len(rows))
         for level in range(self.steps):
-            steps = [self._followed(index, level) for index in range(len(turns))]
+            steps = [self._followed(key, level) for key in keys]
             if level == self.steps - 1:
                 for _ in range(self.started().idle):
-                    steps = [self._followed(index, level) for index in range(len(turns))]
+                    steps = [self._followed(key, level) for key in keys]
             if len(turns) == 1 and turns[0].places == tuple(range(len(rows))):
                 joined = steps[0]
             else:
@@ -289,10 +295,10 @@ class Driver:
                 raise RuntimeError("a call that takes its scheduler's steps paused before one")
             yield joined, joined.following
 
-    def _followed(self, index: int, level: int) -> Step:
-        paused = self._paused[index]
+    def _followed(self, key: Key, level: int) -> Step:
+        paused = self._paused[key]
         following = None if paused.step is None else paused.step.following
-        step = self._advance(index, None)
+        step = self._advance(key, None)
         self._note_blend(following, step.sample)
         paused.level, paused.sample = level, step.following if step.following is not None else step.sample
         return step
@@ -341,8 +347,8 @@ class Driver:
 
     def ended(self, x0: Tensor) -> Any | None:
         """The stock output for final latents where the paused call is at its last step; None where it is not."""
-        paused = self._paused.get(0)
-        if paused is None or not paused.loop.alive or paused.rows != self.base or paused.step is None:
+        paused = self._paused.get((self.base, 0))
+        if paused is None or not paused.loop.alive or paused.step is None:
             return None
         following = paused.step.following
         if paused.level != self.steps - 1 or (following is None and self.started().idle):
@@ -435,7 +441,7 @@ class Driver:
 
     def _restart(
         self,
-        index: int,
+        key: Key,
         turn: _Turn,
         latents: Tensor | None = None,
         skip: int = 0,
@@ -443,17 +449,24 @@ class Driver:
         first: bool = False,
     ) -> _Paused:
         """Begin a stock call and stop before its first step."""
-        if index in self._paused:
-            self._paused.pop(index).loop.close()
+        self._make_room(key)
         call = dict(self.repeats.call) if first else self._call_of(turn, generators)
         loop = self._loop(call, turn.rows, latents, skip, live=first and self.seed is None)
         start = start_of(loop)
-        self._paused[index] = _Paused(loop, start, turn.rows, skip, start.latents, latents is not None)
-        return self._paused[index]
+        self._paused[key] = _Paused(loop, start, skip, start.latents, latents is not None)
+        return self._paused[key]
 
-    def _advance(self, index: int, x: Tensor | None) -> Step:
+    def _make_room(self, key: Key) -> None:
+        """Abandon the paused call of a key, those that hold an autograd graph, and those that were used long ago."""
+        kinds = list(dict.fromkeys(rows for rows, _ in reversed(self._paused) if rows != key[0]))[: _KEPT - 1]
+        for other, paused in list(self._paused.items()):
+            graph = paused.step is not None and paused.step.model_output.requires_grad
+            if other == key or graph or other[0] not in (key[0], *kinds):
+                self._paused.pop(other).loop.close()
+
+    def _advance(self, key: Key, x: Tensor | None) -> Step:
         """Run to the next `scheduler.step`: the pending one (x is None), or the one after handing over x."""
-        paused = self._paused[index]
+        paused = self._paused[key]
         stopped = f"{type(self.pipe).__name__} was interrupted"
         if stop_asked_of(self.pipe):
             raise StopRequested(stopped)
@@ -466,7 +479,7 @@ class Driver:
                 raise
             raise StopRequested(stopped) from error
         if not isinstance(pause, Step):
-            del self._paused[index]
+            del self._paused[key]
             if paused.loop.interrupted:
                 raise StopRequested(stopped)
             raise ValueError(
@@ -559,8 +572,11 @@ class Driver:
         """
         if self.known.memory is None:
             self.known.memory = ""
-            arrived = self._visits(self.repeats.again, self.base, self._noise(), drawn=True) if self.steps > 1 else []
-            jumped = self._visits(self.repeats.again, self.base, self._noise(), drawn=True, skip=1) if arrived else []
+            x = self._noise()
+            arrived = self._visits(self.repeats.again, self.base, x, drawn=True) if self.steps > 1 else []
+            if arrived[1:]:
+                self._note_blend(x, arrived[1].sample)
+            jumped = self._visits(self.repeats.again, self.base, x, drawn=True, skip=1) if arrived else []
             if arrived[1:] and jumped:
                 calls = jumped[0].calls[
                     -len(arrived[1].calls) :

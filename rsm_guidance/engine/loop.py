@@ -163,7 +163,7 @@ class StockLoop:
         self.pipe = pipe
         self._stand_ins = dict(stand_ins or {})
         self._around = around or Surroundings.of(pipe)
-        self._live, self._random, self._level = live, self._around.before, skip
+        self._live, self._random, self._level = live, self._around.before, 0
         self._inner_processors: list[Any] | None = None
         self._begun: Tensor | None = None
         self._before: State | None = None
@@ -242,10 +242,12 @@ class StockLoop:
                 return result
             would = stepper(pipe.scheduler, args, kwargs) if self.watched and not self._blank else None
             self._count_step(timestep)
+            self._level += 1
             if self._blank:
                 latents = self._pass_blank()
             else:
                 latents = self._pause(Step(model_output, sample, timestep, stepper=would))
+            self._draw_at_level()
             # Twice, since one-step pipelines read the second entry, x0; after the last step both are that.
             return (latents, latents) if kwargs.get("return_dict") is False else _SchedulerOutput(latents, latents)
 
@@ -295,6 +297,8 @@ class StockLoop:
         """Arrange for the steps to be skipped: by the family's own interruption, else by denoisers that do nothing."""
         pipe, scheduler = self.pipe, self.pipe.scheduler
         vars(pipe).update(self._stand_ins)
+        self._level = self._jump
+        self._draw_at_level()
         if self._jump:
             pipe._interrupt = FastForward(self._jump)
             if hasattr(scheduler, "_step_index"):
@@ -303,6 +307,12 @@ class StockLoop:
             latents = self._prepared()
             shapes = self._around.shapes
             vars(pipe).update({n: Blank(m, latents, shapes.of(n, m, latents)) for n, m in self._denoisers.items()})
+
+    def _draw_at_level(self) -> None:
+        """What a driven level draws does not depend on the levels before: a jump there draws the same."""
+        if not self.own_steps:
+            random = self._around.random
+            random.put(random.seeded(derive_seed(self._around.key, self._level)))
 
     def _pass_blank(self) -> Tensor:
         """One skipped step is over; after the last one the denoisers are the real ones again."""
@@ -367,9 +377,7 @@ class StockLoop:
             around.processors.put(self._inner_processors)
         driven = started and not self.own_steps
         live = self._live and not driven
-        if driven:  # what is drawn at a level does not depend on the levels before: a jump there draws the same
-            self._random = around.random.seeded(derive_seed(around.key, self._level))
-            self._level += 1
+        if driven:
             self._begun = self._own_random()
         if not live:
             around.random.put(self._random)

@@ -56,10 +56,11 @@ def probe(pipe: DiffusionPipeline) -> Findings:
         return Findings(runs=_first_line(error), levels=_first_line(error))
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")
-        call, reason = _example(pipe)
-        if call is None:
-            return Findings(tried=reason)
-        return _tried(pipe, call)
+        call, error = _example(pipe)
+        if call is not None:
+            return _tried(pipe, call)
+        reason = _first_line(error)
+        return Findings(runs=reason, levels=reason) if "cannot be guided" in str(error) else Findings(tried=reason)
 
 
 @contextmanager
@@ -150,19 +151,20 @@ def _first_line(error: Exception) -> str:
 # --- a small call ---
 
 
-def _example(pipe: DiffusionPipeline) -> tuple[dict[str, Any] | None, str]:
-    """The smallest call that a pipeline takes; None and the reason if none was found."""
-    reasons: list[str] = []
+def _example(pipe: DiffusionPipeline) -> tuple[dict[str, Any] | None, Exception]:
+    """The smallest call that a pipeline takes; None and what the last one raised if none was found."""
+    raised: list[Exception] = []
     for side in _SIDES:
         for call in _examples(pipe, side):
-            with torch.no_grad():
-                found = _reason(lambda c=call: _denoiser(pipe, c).close())  # type: ignore[misc]
-            if found is None:
-                return call, ""
-            reasons.append(found)
-        if len(set(reasons)) < len(reasons):  # no matter of the size
+            try:
+                with torch.no_grad():
+                    _denoiser(pipe, call).close()
+                return call, Exception()
+            except Exception as error:  # of any stock call
+                raised.append(error)
+        if len({str(error) for error in raised}) < len(raised):  # no matter of the size
             break
-    return None, reasons[0]
+    return None, raised[-1]
 
 
 def _examples(pipe: DiffusionPipeline, side: int) -> Iterator[dict[str, Any]]:

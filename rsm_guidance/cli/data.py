@@ -42,14 +42,14 @@ class DataCheck:
     def run(self) -> None:
         if self.limit < 0:
             raise UsageError(f"--limit must not be negative; got {self.limit}")
-        from rsm_guidance.data.preferences import check, read_preferences
+        from rsm_guidance.data.preferences import check_preferences, read_preferences
         from rsm_guidance.io.files import require_writable, write_json
 
         if self.json is not None:
             require_writable(self.json)
         data = read_preferences(self.file, self.split, self.format, min_confidence=self.min_confidence)
         print(data)
-        report = check(data, self.limit, *(() if self.tokenizer is None else _tokens(self.tokenizer)))
+        report = check_preferences(data, self.limit, *(() if self.tokenizer is None else _tokens(self.tokenizer)))
         print("\n".join(_listed(report) + _summary(report)))
         if self.json is not None:
             write_json(self.json, _as_json(report))

@@ -31,7 +31,7 @@ Every command has --help with examples. Where an error is more than bad input, {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; exits with 0, 2 (bad input) or 130 (interrupted).
+    """Run one command; exits with 0, 2 (bad input) or 130 (interrupted); `data check` also with 1.
 
     What a user's reward raises comes through with its traceback, and with --debug every error.
     """

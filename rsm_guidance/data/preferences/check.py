@@ -11,12 +11,12 @@ from rsm_guidance.data.preferences.record import Preference
 from rsm_guidance.data.preferences.usable import Duplicates, decoded
 
 CLIP_TOKENS = 77
-_PIECE = re.compile(r"[^\W\d_]+|\d|[^\s\w]+|_+")
+_PIECE = re.compile(r"'(?:s|t|re|ve|m|ll|d)|[^\W\d_]+|\d|(?:[^\s\w]|_)+", re.IGNORECASE)
 
 
 @dataclass
 class Report:
-    """What `check` found.
+    """What `check_preferences` found.
 
     Attributes:
         data: what was read, in words.
@@ -71,7 +71,7 @@ class Report:
         return found
 
 
-def check(
+def check_preferences(
     data: PreferenceFiles,
     limit: int = 20,
     count_tokens: Callable[[str], int] | None = None,

@@ -88,8 +88,9 @@ def _by_name(folder: Path) -> dict[str, list[Path]]:
     return {"": every}
 
 
-def _by_number(path: Path) -> tuple[str, list[int], str]:
-    return str(path.parent.parent), [int(n) for n in re.findall(r"\d+", path.stem)], path.stem
+def _by_number(path: Path) -> tuple[str, list[str | int]]:
+    """Files in the order of the numbers in their names."""
+    return str(path.parent.parent), [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", path.stem)]
 
 
 def _absent(spec: str) -> str:

@@ -67,7 +67,10 @@ def _upright(path: Path, image: Image.Image) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # Pillow warns of EXIF that is cut off, and reads what is left
-            image.getexif().get(0x0112)
+            if image.info.get("exif"):
+                Image.Exif().load(
+                    image.info["exif"]
+                )  # anew: `getexif` keeps what it could read when the file was opened
         return ImageOps.exif_transpose(image)
     except Exception as error:
         raise BadRow(Reason.EXIF, _why(path, error)) from error

@@ -5,12 +5,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from PIL import Image
+
+from rsm_guidance.data.preferences.images import decode
 from rsm_guidance.data.preferences.problems import BadRow, Reason
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -25,14 +24,12 @@ class ImageSource:
     path: Path
     data: bytes | None = field(default=None, repr=False)
 
-    def load(self) -> "Image.Image":
+    def load(self) -> Image.Image:
         """The image as 8-bit RGB, upright.
 
         Raises:
             BadRow: saying why it cannot be decoded.
         """
-        from rsm_guidance.data.preferences.images import decode
-
         return decode(self.path, self.data)
 
     def identity(self) -> str:

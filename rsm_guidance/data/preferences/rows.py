@@ -15,7 +15,7 @@ from rsm_guidance.core.errors import UsageError
 from rsm_guidance.data.preferences.problems import Problem, Reason
 
 _BLOCK = 1 << 20
-_BETWEEN = re.compile(r"[\s,]*")
+_BETWEEN = re.compile(r"[\s,]+")
 _LONGEST = 1 << 26  # a JSON object that does not end within 64 MiB is broken
 
 
@@ -74,7 +74,8 @@ def _json_list(path: Path) -> Iterator[Row | Problem]:
         at = text.index("[") + 1
         while True:
             place = f"{path.name}, item {number}"
-            at = _BETWEEN.match(text, at).end()  # type: ignore[union-attr] - it matches nothing, too
+            between = _BETWEEN.match(text, at)
+            at = between.end() if between else at
             if text.startswith("]", at):
                 return
             try:

@@ -3,6 +3,7 @@
 from typing import Literal
 
 from rsm_guidance.core.errors import UsageError
+from rsm_guidance.core.random import derive_seed
 
 Part = Literal["train", "test"]
 
@@ -22,7 +23,5 @@ def part_of(prompt: str, test_fraction: float = 0.05, seed: int = 0) -> Part:
     """
     if not 0 <= test_fraction <= 1:
         raise UsageError(f"the share of test prompts must lie in [0, 1]; got {test_fraction}")
-    from rsm_guidance.core.random import derive_seed  # imports torch
-
     plain = " ".join(prompt.casefold().split())
     return "test" if derive_seed("split", seed, plain) < test_fraction * 2**63 else "train"

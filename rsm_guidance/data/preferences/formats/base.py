@@ -7,6 +7,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from rsm_guidance.core.random import derive_seed
 from rsm_guidance.data.preferences.problems import BadRow, Problem, Reason
 from rsm_guidance.data.preferences.record import ImageSource, Preference
 from rsm_guidance.data.preferences.rows import Row
@@ -136,9 +137,9 @@ def rated(row: Row, names: Mapping[str, tuple[str, str]]) -> dict[str, tuple[flo
     """Scores of both images by dimension, from two columns each, where both hold a number."""
     found = {}
     for dimension, pair in names.items():
-        values = [row.values.get(column) for column in pair]
-        if all(isinstance(v, int | float) and math.isfinite(v) for v in values):
-            found[dimension] = (float(values[0]), float(values[1]))
+        a, b = (row.values.get(column) for column in pair)
+        if isinstance(a, int | float) and isinstance(b, int | float) and math.isfinite(a) and math.isfinite(b):
+            found[dimension] = float(a), float(b)
     return found
 
 
@@ -206,8 +207,6 @@ def shuffled(preference: Preference, how: Reading) -> Preference:
 
     For formats that put the better image first, so that its place tells nothing.
     """
-    from rsm_guidance.core.random import derive_seed  # imports torch
-
     files = [str(image.path.name) for image in (preference.first, preference.second)]
     swap = derive_seed("order", how.seed, preference.prompt, *files) % 2
     return preference.swapped() if swap else preference

@@ -38,7 +38,7 @@ def _pairs(row: Row, how: Reading) -> Iterator[Preference]:
             )
         images.append(image(row, found[0]))
     captions = [row.file.parent / path for side in SIDES for path in row.values.get(f"{side} caption", [])]
-    yield shuffled(Preference(_prompt(captions), *images, 1.0, place=row.place), how)
+    yield shuffled(Preference(_prompt(captions), images[0], images[1], 1.0, place=row.place), how)
 
 
 def _prompt(captions: list[Path]) -> str:

@@ -55,7 +55,7 @@ def _label(row: Row) -> float:
         return 1.0
     if not isinstance(votes, list) or len(votes) != 2:
         raise BadRow(Reason.BAD_LABEL, f"'choice_dist' must be two numbers of votes; got {votes!r}")
-    first = share(*votes, "choice_dist")
+    first = share(votes[0], votes[1], "choice_dist")
     return max(first, 1 - first)
 
 

@@ -32,7 +32,7 @@ def _pairs(row: Row, how: Reading) -> Iterator[Preference]:
         text(row, "prompt"),
         image(row, value_of(row, "image1")),
         image(row, value_of(row, "image2")),
-        share(*(row.values.get(name) for name in names), " and ".join(names)),
+        share(row.values.get(names[0]), row.values.get(names[1]), " and ".join(names)),
         place=row.place,
         source="rapidata",
         models=(optional(row, "model1"), optional(row, "model2")),

@@ -28,16 +28,16 @@ _LABELS = {"image_0": 0.0, "image_1": 1.0, "tie": 0.5}
 
 
 def _chosen(row: Row, how: Reading) -> Iterator[Preference]:
-    both = [image(row, value_of(row, name)) for name in ("chosen", "rejected")]
+    first, second = (image(row, value_of(row, name)) for name in ("chosen", "rejected"))
     models = (optional(row, "chosen_model"), optional(row, "rejected_model"))
-    yield shuffled(Preference(text(row, "prompt", "caption"), *both, 1.0, models=models, **_common(row)), how)
+    yield shuffled(Preference(text(row, "prompt", "caption"), first, second, 1.0, models=models, **_common(row)), how)
 
 
 def _labelled(row: Row, how: Reading) -> Iterator[Preference]:
-    both = [image(row, value_of(row, name)) for name in ("image_0", "image_1")]
+    first, second = (image(row, value_of(row, name)) for name in ("image_0", "image_1"))
     models = (optional(row, "model_0"), optional(row, "model_1"))
     label = 1 - _label(row.values.get("label"))
-    yield Preference(text(row, "prompt", "caption"), *both, label, models=models, **_common(row))
+    yield Preference(text(row, "prompt", "caption"), first, second, label, models=models, **_common(row))
 
 
 def _common(row: Row) -> dict[str, Any]:

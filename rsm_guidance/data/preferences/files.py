@@ -30,7 +30,8 @@ def tables_of(spec: str | Path) -> dict[str, list[Path]]:
         return {"": [path]}
     if not path.is_dir():
         raise UsageError(_absent(str(spec)))
-    for found in (_shards(path), _parquet(path), _by_name(path)):
+    for look in (_shards, _parquet, _by_name):
+        found = look(path)
         if found:
             return found
     raise UsageError(

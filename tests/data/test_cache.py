@@ -62,7 +62,7 @@ def told(data: PreferenceData) -> list[Any]:
 def test_items_are_what_the_encoder_gave(tmp_path: Path) -> None:
     path, counting = table(tmp_path), Counting()
     data = cached_latents(read_preferences(path), counting.encoder(), tmp_path / "cache", shard=4)
-    assert len(data) == 10 and counting.images == 20 and counting.prompts == 6  # two prompts lie in two shards each
+    assert len(data) == 10 and counting.images == 20 and counting.prompts == 5
     for i, item in enumerate(data):
         better, worse = (item["first"], item["second"])[:: 1 if item["probability"] == 1 else -1]
         assert better[0, 0, 0] == torch.tensor((10 + 2 * i) / 255).bfloat16()
@@ -71,7 +71,7 @@ def test_items_are_what_the_encoder_gave(tmp_path: Path) -> None:
         assert item["prompt_embeds"].shape == (2, 3) and item["prompt_embeds"][0, 0] == i // 2 + 1
         assert item["weight"].dtype == item["probability"].dtype == torch.float32
     batch = next(iter(DataLoader(data, batch_size=4)))  # type: ignore[arg-type]
-    assert batch["first"].shape == (4, 3, 1, 2) and batch["prompt"][3] == "pp"
+    assert batch["first"].shape == (4, 3, 2, 2) and batch["prompt"][3] == "pp"
     assert told(pickle.loads(pickle.dumps(data))) == told(data)
 
 
@@ -165,7 +165,7 @@ def test_images_of_ranked_lists_are_encoded_once_and_shapes_are_bucketed(tmp_pat
     path = write_json(tmp_path / "test.json", rows)
     data = cached_latents(read_preferences(path), counting.encoder(), tmp_path / "cache")
     assert counting.images == 8 and len(data) == 10 + 3
-    assert len(set(data.groups)) == 2 and {tuple(i["first"].shape) for i in data} == {(3, 1, 2), (3, 4, 1)}
+    assert len(set(data.groups)) == 2 and {tuple(i["first"].shape) for i in data} == {(3, 2, 2), (3, 4, 1)}
     assert sorted(float(i["weight"]) for i in data) == pytest.approx([0.1] * 10 + [1 / 3] * 3)
     seen: list[int] = []
     for batch in list(zip(range(8), Batches(data, 2, seed=0, groups=data.groups).start(0), strict=False)):

@@ -13,7 +13,7 @@ from rsm_guidance.core.errors import UsageError
 from rsm_guidance.data.preferences import Preference, Problem, Reason, decoded, part_of, read_preferences
 from rsm_guidance.data.preferences.rows import Row, rows
 from tests.data.layouts import images_in, pick, read, write_json, write_lines, write_parquet
-from tests.data.pictures import BROKEN, number_of
+from tests.data.pictures import BROKEN, noisy, number_of
 
 GOOD = [f"{i}.png" for i in range(6)]
 LINES = ["", "{", "[1, 2]", '"text"', "null", '{"prompt": "p"', "\\x", "12", '{"a": NaN}', "\udcff{"]
@@ -111,20 +111,19 @@ def test_a_json_list_is_read_as_it_is_and_up_to_where_it_is_cut(
 
 
 def test_a_damaged_parquet_file_does_not_end_the_run(tmp_path: Path) -> None:
-    first = write_parquet(tmp_path / "train-00000-of-00003.parquet", [pick(i) for i in range(100)], row_group_size=20)
+    big = [pick(i, jpg_0=noisy(i, "PNG")) for i in range(100)]
+    first = write_parquet(tmp_path / "train-00000-of-00003.parquet", big, row_group_size=20, compression="none")
     second = write_parquet(tmp_path / "train-00001-of-00003.parquet", [pick(i) for i in range(10)])
     write_parquet(tmp_path / "train-00002-of-00003.parquet", [pick(i) for i in range(100, 104)])
     second.write_bytes(second.read_bytes()[:-20])
     damaged = bytearray(first.read_bytes())
-    late = int(0.7 * len(damaged))
-    damaged[late : late + 3000] = b"\xff" * 3000
+    late = damaged.index(big[70]["jpg_0"]) - 1000  # within the fourth group of rows
+    damaged[late : late + 2000] = b"\xff" * 2000
     first.write_bytes(bytes(damaged))
-    pairs, problems = read(read_preferences(tmp_path))
-    prompts = [p.prompt for p in pairs]
-    assert prompts[-4:] == [f"prompt {i}" for i in range(100, 104)] and len(prompts) >= 4 + 20
-    assert prompts[:-4] == [f"prompt {i}" for i in range(len(prompts) - 4)]
-    assert [p.place for p in problems][-1] == "train-00001-of-00003.parquet, row 1"
-    assert "the rest of the file is not read" in problems[0].detail
+    pairs, [lost, none] = read(read_preferences(tmp_path))
+    assert [p.prompt for p in pairs] == [f"prompt {i}" for i in range(104) if not 60 <= i < 80]
+    assert str(lost).startswith("train-00000-of-00003.parquet, row 61: malformed row: rows 61 to 80 cannot be read")
+    assert str(none).startswith("train-00001-of-00003.parquet: malformed row: no parquet file")
 
 
 def test_iterating_warns_once_of_rows_that_cannot_be_read(tmp_path: Path) -> None:

@@ -133,16 +133,27 @@ def _parquet(path: Path) -> Iterator[Row | Problem]:
         import pyarrow.parquet as pq
     except ImportError as error:
         raise UsageError('parquet files are read with pyarrow: pip install "rsm-guidance[data]"') from error
-    number = 0
     try:
-        with pq.ParquetFile(path, pre_buffer=False, buffer_size=_BLOCK) as file:
-            for batch in file.iter_batches(batch_size=32):
-                for values in batch.to_pylist():
-                    number += 1
-                    yield Row(path, f"{path.name}, row {number}", values)
-    except (pa.ArrowException, OSError) as error:
-        why = str(error).splitlines()[0]
-        yield Problem(f"{path.name}, row {number + 1}", Reason.MALFORMED, f"the rest of the file is not read: {why}")
+        file = pq.ParquetFile(path, pre_buffer=False, buffer_size=_BLOCK)
+    except pa.ArrowException as error:
+        yield Problem(path.name, Reason.MALFORMED, f"no parquet file: {_first_line(error)}")
+        return
+    first = 0
+    with file:
+        for group in range(file.num_row_groups):
+            number, first = first, first + file.metadata.row_group(group).num_rows
+            try:
+                for batch in file.iter_batches(batch_size=32, row_groups=[group]):
+                    for values in batch.to_pylist():
+                        number += 1
+                        yield Row(path, f"{path.name}, row {number}", values)
+            except (pa.ArrowException, OSError) as error:
+                lost = f"rows {number + 1} to {first} cannot be read: {_first_line(error)}"
+                yield Problem(f"{path.name}, row {number + 1}", Reason.MALFORMED, lost)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _row(path: Path, place: str, values: Any) -> Row | Problem:

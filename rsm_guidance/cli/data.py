@@ -42,6 +42,8 @@ class DataCheck:
     def run(self) -> None:
         if self.limit < 0:
             raise UsageError(f"--limit must not be negative; got {self.limit}")
+        from tqdm.auto import tqdm
+
         from rsm_guidance.data.preferences import check_preferences, read_preferences
         from rsm_guidance.io.files import require_writable, write_json
 
@@ -49,7 +51,9 @@ class DataCheck:
             require_writable(self.json)
         data = read_preferences(self.file, self.split, self.format, min_confidence=self.min_confidence)
         print(data)
-        report = check_preferences(data, self.limit, *(() if self.tokenizer is None else _tokens(self.tokenizer)))
+        tokens = () if self.tokenizer is None else _tokens(self.tokenizer)
+        with tqdm(unit="row", leave=False) as bar:
+            report = check_preferences(data, self.limit, *tokens, on_row=bar.update)
         print("\n".join(_listed(report) + _summary(report)))
         if self.json is not None:
             write_json(self.json, _as_json(report))

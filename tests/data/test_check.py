@@ -1,6 +1,7 @@
 """`rsm-guidance data check`: every row that cannot be used, with its line and reason, and exit codes."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,24 @@ def test_prompts_over_the_limit_are_said_once(tmp_path: Path) -> None:
 )
 def test_the_fewest_tokens_that_clip_can_make(prompt: str, tokens: int) -> None:
     assert fewest_tokens(prompt) == tokens
+
+
+def test_columns_that_are_not_used_are_named(tmp_path: Path) -> None:
+    rows = [row | {"wieght": "2", "category": "x", "prompt ": ""} for row in pairs(tmp_path, 2)]
+    [note] = check_preferences(read_preferences(write_lines(tmp_path / "a.jsonl", rows))).notes()
+    assert note == "columns that are not used: wieght, prompt "
+    path = write_parquet(tmp_path / "train-00000-of-00001.parquet", [pick(0) | {"more": 1}])
+    assert not check_preferences(read_preferences(path)).notes()
+
+
+def test_tokens_are_counted_with_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = pairs(tmp_path, 2)
+    rows[1]["prompt"] = "a red star and " * 20
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    code, said = run(capsys, str(path), "--tokenizer", "shapes")
+    assert code == 0 and re.search(r"note: 1 prompt has more than \d+ tokens, the first at a.jsonl, line 2", said)
+    code, said = run(capsys, str(path), "--tokenizer", str(tmp_path))
+    assert code == 2 and "cannot load a tokenizer from" in said
 
 
 def test_labels_that_never_change_are_noted(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def test_parquet_with_images_inside(tmp_path: Path, group: int) -> None:
     write_parquet(path, rows, row_group_size=group)
     del rows
     assert path.stat().st_size > 75 * MEGABYTE
-    assert peak(read_preferences(path)) < 16
+    assert peak(read_preferences(path)) < 32
 
 
 def test_lines_and_lists_of_files(tmp_path: Path) -> None:

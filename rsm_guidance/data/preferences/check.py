@@ -32,6 +32,7 @@ class Report:
         too_long: prompts over the limit of tokens, and the place of the first.
         token_limit: that limit.
         labels: how often the first image, neither, and the second is preferred.
+        unused: columns of one's own table that are not read.
     """
 
     data: str
@@ -47,6 +48,7 @@ class Report:
     too_long: tuple[int, str] | None = None
     token_limit: int = CLIP_TOKENS
     labels: Counter[str] = field(default_factory=Counter)
+    unused: list[str] = field(default_factory=list)
 
     @property
     def exit_code(self) -> int:
@@ -56,6 +58,8 @@ class Report:
     def notes(self) -> list[str]:
         """What is not wrong, and may surprise."""
         found = []
+        if self.unused:
+            found.append(f"columns that are not used: {', '.join(self.unused)}")
         if self.too_long is not None:
             count, place = self.too_long
             few = "1 prompt has" if count == 1 else f"{count} prompts have"
@@ -76,6 +80,7 @@ def check_preferences(
     limit: int = 20,
     count_tokens: Callable[[str], int] | None = None,
     token_limit: int = CLIP_TOKENS,
+    on_row: Callable[[], object] | None = None,
 ) -> Report:
     """Read all rows, decode all images, and count.
 
@@ -84,8 +89,9 @@ def check_preferences(
         limit: problems to keep.
         count_tokens: tokens of a prompt with those that mark its ends; default: a lower bound for CLIP's tokenizer.
         token_limit: tokens that are read of a prompt.
+        on_row: called for every row.
     """
-    report = Report(str(data), problems=Tally(limit), token_limit=token_limit)
+    report = Report(str(data), problems=Tally(limit), token_limit=token_limit, unused=data.unused_columns())
     duplicates, prompts, images = Duplicates(), set[str](), set[str]()
     bad: str | None = None  # the last row with a problem: the pairs of a row share its place
     listed: set[tuple[str, str]] = set()
@@ -100,7 +106,7 @@ def check_preferences(
             report.problems.add(problem)
             listed.add((problem.reason, problem.detail))
 
-    for found in decoded(_counted(data, report), note):
+    for found in decoded(_counted(data, report, on_row), note):
         p = found.preference
         met = duplicates.first(p.prompt, found.keys, p.place)
         if met is not None:
@@ -130,12 +136,16 @@ def fewest_tokens(prompt: str) -> int:
     return len(_PIECE.findall(prompt)) + 2
 
 
-def _counted(data: PreferenceFiles, report: Report) -> Iterator[Preference | Problem]:
+def _counted(
+    data: PreferenceFiles, report: Report, on_row: Callable[[], object] | None
+) -> Iterator[Preference | Problem]:
     """The records of the data; rows are counted as they pass."""
     place = None
     for record in data.records():
         if record.place != place:
             report.rows, place = report.rows + 1, record.place
+            if on_row is not None:
+                on_row()
         yield record
 
 

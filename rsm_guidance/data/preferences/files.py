@@ -79,7 +79,7 @@ def _parquet(folder: Path) -> dict[str, list[Path]]:
 
 def _by_name(folder: Path) -> dict[str, list[Path]]:
     """Tables named after splits, also under data/; or the only table."""
-    every = [p for place in (folder, folder / "data") for p in sorted(place.glob("*.*")) if p.suffix in TABLES]
+    every = [p for place in (folder, folder / "data") for p in sorted(place.glob("*.*")) if p.suffix.lower() in TABLES]
     every = [p for p in every if p.stem not in _NOT_DATA]
     splits = {path.stem: [path] for path in every if _SPLITS.fullmatch(path.stem)}
     if splits or not every:

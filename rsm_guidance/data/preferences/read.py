@@ -54,6 +54,11 @@ class PreferenceFiles:
             return found
         return (r for r in found if isinstance(r, Problem) or self._is_in_part(r))
 
+    def unused_columns(self) -> list[str]:
+        """Columns of one's own table that are not read, such as misspelt ones."""
+        first = next((row for row in _rows(self.files) if isinstance(row, Row)), None)
+        return [] if first is None else FORMATS[self.format].unused(list(first.values))
+
     def _is_in_part(self, preference: Preference) -> bool:
         return part_of(preference.prompt, self.test_fraction, self.how.seed) == self.split
 

@@ -33,17 +33,18 @@ class ImageSource:
         return decode(self.path, self.data)
 
     def identity(self) -> str:
-        """A hash that changes when the file does: of the bytes, or of path, size and time of change."""
-        digest = hashlib.blake2b(str(self.path).encode(), digest_size=16)
+        """A text that changes when the file does: a hash of the bytes, or path, size and time of change."""
         if self.data is not None:
-            digest.update(self.data)
-        else:
-            try:
-                status = self.path.stat()
-                digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
-            except (OSError, ValueError):
-                digest.update(b"missing")
-        return digest.hexdigest()
+            return self.content()
+        try:
+            status = self.path.stat()
+            return f"{self.path} {status.st_size} {status.st_mtime_ns}"
+        except (OSError, ValueError):
+            return f"{self.path} missing"
+
+    def content(self) -> str:
+        """A hash of the bytes, of an image that has them."""
+        return hashlib.blake2b(self.data or b"", digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -40,10 +40,10 @@ def rows(path: Path) -> Iterator[Row | Problem]:
     Raises:
         UsageError: if the file cannot be opened, or has another ending.
     """
-    if path.suffix not in TABLES:
+    if path.suffix.lower() not in TABLES:
         raise UsageError(f"{path} is no table that can be read; its ending must be one of {', '.join(TABLES)}")
     try:
-        yield from TABLES[path.suffix](path)
+        yield from TABLES[path.suffix.lower()](path)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
 

@@ -40,6 +40,7 @@ class Format:
         read: rows to preferences.
         hub: the hub ids of data sets in this format.
         note: what to do after such a data set has been downloaded.
+        optional: further columns that are read, where others are told to the user; None where they are common.
     """
 
     title: str
@@ -47,10 +48,18 @@ class Format:
     read: Read
     hub: tuple[str, ...] = ()
     note: str = ""
+    optional: frozenset[str] | None = None
 
     def matches(self, columns: Iterable[str]) -> bool:
         """Whether a table with these columns is of this format."""
         return any(needed <= set(columns) for needed in self.columns)
+
+    def unused(self, columns: Iterable[str]) -> list[str]:
+        """The columns of a table that are not read, where that may be a slip of its author."""
+        if self.optional is None:
+            return []
+        known = self.optional.union(*(needed for needed in self.columns if needed <= set(columns)))
+        return [column for column in columns if column not in known]
 
 
 def columns(*names: str) -> tuple[frozenset[str], ...]:
@@ -207,8 +216,8 @@ def shuffled(preference: Preference, how: Reading) -> Preference:
 
     For formats that put the better image first, so that its place tells nothing.
     """
-    files = [str(image.path.name) for image in (preference.first, preference.second)]
-    swap = derive_seed("order", how.seed, preference.prompt, *files) % 2
+    names = [i.path.name if i.data is None else i.content() for i in (preference.first, preference.second)]
+    swap = derive_seed("order", how.seed, preference.prompt, *names) % 2
     return preference.swapped() if swap else preference
 
 

@@ -24,6 +24,7 @@ from rsm_guidance.data.preferences.problems import BadRow, Reason
 from rsm_guidance.data.preferences.record import Preference
 from rsm_guidance.data.preferences.rows import Row
 
+_OPTIONAL = frozenset({"weight", "source", "category", "source_image"})
 _LABELS = {"image_0": 0.0, "image_1": 1.0, "tie": 0.5}
 
 
@@ -68,10 +69,14 @@ def _label(value: Any) -> float:
 
 
 CHOSEN = Format(
-    "a table of chosen and rejected images", columns("prompt chosen rejected", "caption chosen rejected"), each(_chosen)
+    "a table of chosen and rejected images",
+    columns("prompt chosen rejected", "caption chosen rejected"),
+    each(_chosen),
+    optional=_OPTIONAL | {"chosen_model", "rejected_model"},
 )
 LABELLED = Format(
     "a table of two images and a label",
     columns("prompt image_0 image_1 label", "caption image_0 image_1 label"),
     each(_labelled),
+    optional=_OPTIONAL | {"model_0", "model_1"},
 )

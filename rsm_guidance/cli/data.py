@@ -45,15 +45,16 @@ class DataCheck:
         from tqdm.auto import tqdm
 
         from rsm_guidance.data.preferences import check_preferences, read_preferences
+        from rsm_guidance.data.preferences.check import CLIP_TOKENS
         from rsm_guidance.io.files import require_writable, write_json
 
         if self.json is not None:
             require_writable(self.json)
         data = read_preferences(self.file, self.split, self.format, min_confidence=self.min_confidence)
         print(data)
-        tokens = () if self.tokenizer is None else _tokens(self.tokenizer)
+        count_tokens, most = (None, CLIP_TOKENS) if self.tokenizer is None else _tokens(self.tokenizer)
         with tqdm(unit="row", leave=False) as bar:
-            report = check_preferences(data, self.limit, *tokens, on_row=bar.update)
+            report = check_preferences(data, self.limit, count_tokens, most, bar.update)
         print("\n".join(_listed(report) + _summary(report)))
         if self.json is not None:
             write_json(self.json, _as_json(report))

@@ -25,7 +25,14 @@ FIELDS = st.fixed_dictionaries(
         "rejected": st.sampled_from([*GOOD, *BROKEN, "", None, {"bytes": None, "path": "1.png"}, ["1.png"]]),
     },
 )
-ROWS = st.lists(st.one_of(FIELDS, st.sampled_from(LINES)), max_size=12)
+WHOLE = st.fixed_dictionaries(
+    {
+        "prompt": st.sampled_from(["p", "a red cat"]),
+        "chosen": st.sampled_from(GOOD[:3]),
+        "rejected": st.sampled_from([*GOOD[:3], *BROKEN]),
+    }
+)
+ROWS = st.lists(st.one_of(WHOLE, FIELDS, st.sampled_from(LINES)), min_size=4, max_size=16)
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +95,16 @@ def test_a_damaged_csv_gives_no_pair_that_was_not_in_it(folder: Path, data: st.D
         if p.prompt in {f"prompt, {i}" for i in range(5)} and worse.path.name in GOOD and better.path.name in GOOD:
             i = int(p.prompt[-1])
             assert (better.path.name, worse.path.name) == (f"{i}.png", f"{i + 1}.png")
+
+
+def test_a_quote_that_is_not_closed_joins_no_rows(folder: Path) -> None:
+    path = folder / "quotes.csv"
+    path.write_text('prompt,chosen,rejected\nfirst,0.png,1.png\n"p,1.png,2.png\n"q",3.png,4.png\nr,4.png,5.png\n')
+    pairs, problems = read(read_preferences(path))
+    assert [p.prompt for p in pairs] == ["first", "r"]
+    assert [str(p).partition(": ',")[0] for p in problems] == [
+        "quotes.csv, line 3: malformed row: quotes that do not match"
+    ]
 
 
 @pytest.mark.parametrize("size", [1, 40, 3000])

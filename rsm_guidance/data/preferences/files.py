@@ -1,7 +1,7 @@
 """Where the tables of a data set lie: a file, or a folder in one of the layouts that are published."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rsm_guidance.core.errors import UsageError
@@ -60,7 +60,7 @@ def choose_split(tables: Mapping[str, list[Path]], split: str | None, spec: str 
 def _shards(folder: Path) -> dict[str, list[Path]]:
     """ImageRewardDB: tables of the same name as their folder."""
     found: dict[str, list[Path]] = {}
-    for path in folder.glob("**/*_*/*.json"):
+    for path in _within(folder, "*_*/*.json", "*/*_*/*.json", "*/*/*_*/*.json"):
         shard = _SHARD.fullmatch(path.stem)
         if shard and path.parent.name == path.stem:
             found.setdefault(shard["split"], []).append(path)
@@ -70,7 +70,7 @@ def _shards(folder: Path) -> dict[str, list[Path]]:
 def _parquet(folder: Path) -> dict[str, list[Path]]:
     """Parquet files by the split in their names, or in the name of their folder."""
     found: dict[str, list[Path]] = {}
-    for path in sorted(folder.glob("**/*.parquet"), key=_by_number):
+    for path in sorted(_within(folder, "*.parquet", "*/*.parquet", "*/*/*.parquet"), key=_by_number):
         named = _PART.fullmatch(path.stem)
         split = named["split"] if named else path.parent.name if path.stem.isdigit() else path.stem
         found.setdefault(split if named or _SPLITS.fullmatch(split) else "", []).append(path)
@@ -87,6 +87,11 @@ def _by_name(folder: Path) -> dict[str, list[Path]]:
     if len(every) > 1:
         raise UsageError(f"{folder} holds several tables; name one: {', '.join(p.name for p in every[:5])}")
     return {"": every}
+
+
+def _within(folder: Path, *patterns: str) -> Iterator[Path]:
+    """Files at a few depths; all depths would take minutes under a million images."""
+    return (path for pattern in patterns for path in folder.glob(pattern))
 
 
 def _by_number(path: Path) -> tuple[str, list[str | int]]:

@@ -1,6 +1,7 @@
 """Published formats, written here in their real layouts, and tables and folders of one's own."""
 
 import csv
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +248,13 @@ def test_a_hub_id_says_what_to_download(hub: str, tmp_path: Path, monkeypatch: p
     if hub.endswith("HPDv2"):
         with pytest.raises(UsageError, match="unpack train.tar.gz"):
             read_preferences(hub)
+
+
+def test_without_pyarrow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_parquet(tmp_path / "a.parquet", [pick(0)])
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UsageError, match=r'pip install "rsm-guidance\[data\]"'):
+        read_preferences(path)
 
 
 def test_what_cannot_be_recognised_is_said(tmp_path: Path) -> None:

@@ -668,7 +668,9 @@ class Driver:
         """Whether the last row of a call is what it is in a call of its own."""
         if not whole:
             return False
-        alone = self._visits(partial(self.repeats.of, last, "texts"), last, whole[0].sample[-1:])
+        alone = self._visits(
+            partial(self.repeats.of, last, "texts"), last, None
+        )  # from the latents that it starts from
         return bool(alone) and difference(whole, alone, last, len(self.base)) is None
 
     def _visits(

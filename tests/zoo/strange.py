@@ -13,7 +13,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from tests.zoo import parts
+from tests.zoo import Specimen, parts, specimen
 
 
 class Denoiser(df.ModelMixin, df.ConfigMixin):
@@ -244,3 +244,31 @@ def strange(cls: type[Plain]) -> Plain:
         made = cls(unet.eval(), parts.vae().eval(), schedulers.get(cls, df.FlowMatchEulerDiscreteScheduler)(shift=2.0))
     made.set_progress_bar_config(disable=True)
     return made
+
+
+def _specimen(cls: type[Plain]) -> Specimen:
+    return specimen(f"strange: {cls.__name__.lower()}", lambda: strange(cls), num_inference_steps=4)
+
+
+STRANGE: dict[str, Specimen] = {
+    s.name: s
+    for s in map(
+        _specimen,
+        (
+            Plain,
+            Raw,
+            Arrays,
+            Embeddings,
+            Part,
+            Twice,
+            Drawing,
+            Remembering,
+            Scaling,
+            Padding,
+            Attending,
+            Negated,
+            Uneven,
+        ),
+    )
+}
+"""Specimens by name, of those that need nothing but a prompt."""

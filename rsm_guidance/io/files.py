@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,8 +39,8 @@ def require_writable(path: Path) -> Path:
             there = there.parent
         if not there.is_dir():
             raise ValueError(f"cannot write {path}: {there} is a file; name a folder")
-        if not os.access(there, os.W_OK | os.X_OK):
-            raise ValueError(f"cannot write {path}: {there} cannot be written to")
+        with tempfile.TemporaryFile(dir=there):
+            pass
     except (OSError, RuntimeError) as error:  # loops of links, names that are too long
         raise ValueError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
     return path

@@ -37,7 +37,7 @@ _NRG = RewardGradient(1.0, "velocity", "plain", None, transition=_STEP)
 class Guidance:
     """Errors of guided samples on mixtures, and gains of proxy and gold reward on the embedded model.
 
-    python -m benchmarks.guidance
+    python -m benchmarks.guidance --captions 64
 
     Attributes:
         out: JSON file for the result.

@@ -25,7 +25,7 @@ _SCHEDULES = {"flow": NoiseSchedule.flow, "vp": NoiseSchedule.variance_preservin
 class Transitions:
     """Where unguided runs by each transition end, against the law of the data, at few and at many levels.
 
-    python -m benchmarks.transitions
+    python -m benchmarks.transitions --runs 20000
 
     Attributes:
         out: JSON file for the result.

@@ -55,8 +55,8 @@ def _ssp(weights: Tensor, uniform: Tensor) -> Tensor:
     """Pairs of fractional counts trade mass until one of each pair is whole (Srinivasan's sampling process)."""
     count = len(weights)
     expected = count * weights / weights.sum()
-    copies = (expected + 1e-12).floor()
-    fraction = (expected - copies).clamp(min=0).tolist()
+    copies = expected.floor()
+    fraction = (expected - copies).tolist()
     first = 0
     for step, second in enumerate(range(1, count)):
         a, b = fraction[first], fraction[second]

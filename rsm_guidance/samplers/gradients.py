@@ -12,8 +12,8 @@ from rsm_guidance.samplers.task import Task
 
 def value_and_gradient(
     task: Task, x: Tensor, level: int, rows: Tensor, jacobian: bool = True
-) -> tuple[Prediction, Tensor, Tensor]:
-    """The denoiser's prediction, the value and its gradient at noisy latents.
+) -> tuple[Prediction, Tensor, Tensor, Tensor | None]:
+    """The denoiser's prediction, the value and its gradient at noisy latents, and how sure the estimate is along it.
 
     Args:
         task: whose value must be differentiable.
@@ -25,7 +25,10 @@ def value_and_gradient(
             needs no backward pass of the denoiser.
 
     Returns:
-        The prediction (detached), values float64 [R], gradient [R, ...] (NaN throughout a row where any of it is not finite).
+        The prediction (detached), values float64 [R], gradient [R, ...] (NaN throughout a row where any of it is not finite), and
+        Var(x0 | x_t) [R] in the direction d of the reward's gradient at the estimate, at no further cost: it is
+        sigma^2 / alpha d' J d / |d|^2 with the denoiser's Jacobian J (Tweedie's second order), and J d is the gradient.  None
+        where the value does not read the estimate.
 
     Raises:
         ValueError: if the value is not differentiable.
@@ -54,7 +57,8 @@ def value_and_gradient(
             f"{value.name} is not differentiable: its scores carry no gradient; use a sampler without gradients "
             "(fk-steering, svdd, stepwise, best-of-n)"
         )
-    (gradient,) = torch.autograd.grad(total, leaf)
+    estimate = leaf if prediction is None else prediction.x0
+    gradient, direct = torch.autograd.grad(total, (leaf, estimate), allow_unused=reads and jacobian)
     through = value.evaluations_per_row if jacobian or not reads else 0.0
     task.ledger.charge_backward(len(x), through)
     if prediction is None:
@@ -63,7 +67,17 @@ def value_and_gradient(
     elif not jacobian:
         alpha, _ = task.schedule.coefficients(level)
         gradient = gradient / alpha if alpha > 0 else torch.zeros_like(gradient)
+    variance = _variance(task, gradient, direct, level) if reads and direct is not None else None
     finite = gradient.flatten(1).isfinite().all(1)
     velocity = None if prediction.velocity is None else prediction.velocity.detach()
     detached = Prediction(x, prediction.x0.detach(), prediction.eps.detach(), velocity)
-    return detached, checked, rows_where(finite, gradient, torch.full_like(gradient, torch.nan))
+    return detached, checked, rows_where(finite, gradient, torch.full_like(gradient, torch.nan)), variance
+
+
+def _variance(task: Task, gradient: Tensor, direct: Tensor, level: int) -> Tensor:
+    """Var(x0 | x_t) [R] along the reward's gradient at the estimate, `direct` [R, ...], whose gradient at x_t is `gradient`."""
+    alpha, sigma = task.schedule.coefficients(level)
+    if alpha == 0:
+        return torch.full((len(direct),), torch.inf, dtype=torch.float64)
+    g, d = (t.flatten(1).double().cpu() for t in (gradient, direct))
+    return (sigma**2 / alpha * (g * d).sum(1) / d.square().sum(1).clamp(min=1e-300)).clamp(min=0.0)

@@ -6,9 +6,9 @@ w^r_k = softmax(the same + r_k / lambda).  The posterior mean moves by their dif
 
     x0' = x0 + strength sum_k (w^r_k - w_k) x0^k,
 
-which is the score difference alpha / sigma^2 sum_k (w^r_k - w_k) x0^k.  With many lookahead samples and strength 1 this is
-exact guidance to p(x0) exp(r / lambda) / Z; with few it pulls towards the best of them, and needs the larger strength that the
-paper takes, too (12.5).  The reward may be a black box.
+which is the score difference alpha / sigma^2 sum_k (w^r_k - w_k) x0^k.  With many lookahead samples and strength 1, and a
+transition that keeps marginals, this is exact guidance to p(x0) exp(r / lambda) / Z; with few it pulls towards the best of
+them, and needs the larger strength that the paper takes, too (12.5).  The reward may be a black box.
 Rewards are standardised per prompt unless `standardize` is off (ours: `temperature` is then a number of standard deviations,
 whatever the reward's units).
 """

@@ -109,7 +109,7 @@ class CrankNicolson:
         if not self.gradient:
             values, known = task.score(x, 0, rows)
             return values, torch.zeros_like(x, dtype=torch.float64), None if known is None else known.x0
-        prediction, values, gradient = value_and_gradient(task, x, 0, rows, self.jacobian)
+        prediction, values, gradient, _ = value_and_gradient(task, x, 0, rows, self.jacobian)
         return values, gradient.nan_to_num(0.0, 0.0, 0.0).double() / temperature, prediction.x0
 
     def _push(self, scale: float) -> float:

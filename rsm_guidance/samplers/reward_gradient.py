@@ -8,16 +8,25 @@ see `values`.  Classifier-free guidance comes first, inside the prediction.  Wit
 - `drift`: x' = mu + s z + strength g / |g|, the norm over the whole latent (Euphonium, arXiv 2602.04928);
 - `noise`: x' = mu + s (sqrt(1 - strength^2) z + strength d), the mean untouched (NTRK, arXiv 2606.18066);
 - `velocity`: the prediction is tilted, eps' = eps - strength d, and with it x0' and the velocity; for flow models with the
-  plain gradient this is v' = v - strength sigma / alpha g (Flow-NRG, VideoAlign, arXiv 2501.13918).
+  plain gradient this is v' = v - strength t / (1 - t) g at t = sigma (Flow-NRG, VideoAlign, arXiv 2501.13918, which takes
+  strength 100 and no bound).
 
 d is g / rms(g), the root mean square over a latent, so that the scale is automatic: `strength` counts in steps of the
 sampler, whatever the reward's units (ours; FreeDoM and MPGD match the size of classifier-free guidance).  `scale="plain"`
 takes d = sigma g for `velocity`, which with strength 1 / lambda and the exact V is exact guidance to p(x0) exp(r / lambda) / Z,
 and d = s g for the others (strength 1 / lambda: the proposal of twisted SMC), at most `largest` per dimension.
+
+A plug-in estimate V = r(E[x0 | x_t]) is steeper than the exact V, and following it over-optimises (arXiv 2606.02884).
+`damping` c divides the strength by 1 + c strength Var(x0 | x_t), the variance taken along the gradient (`gradients`; the paper
+takes that of Gaussian data).  It is exact for Gaussian data and a reward of curvature c, such as c / 2 times the paper's
+-|x - m|^2 (c = 2); elsewhere a heuristic.  (The estimate of the variance is ours.)
+
 `recurrence` repeats a level, noised back by the forward process (FreeDoM's time travel, Universal Guidance).
-With automatic scale a biased maximiser: it follows no target distribution.
+With automatic scale a biased maximiser: it follows no target distribution.  That is why it steps by `cps` unless told otherwise;
+guidance to the tilted law needs a transition that keeps marginals.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -45,7 +54,8 @@ class RewardGradient(Kernel):
             `noise`.
         push: what is pushed, the "mean", the "drift", the "noise" or the "velocity".
         scale: "auto" or "plain".
-        largest: bound on the root mean square of a plain d.
+        largest: bound on the root mean square of a plain d; None for no bound.
+        damping: curvature c >= 0 of the reward, against over-optimisation by plug-in estimates; plain scale only.
         window: noise levels (low, high) as fractions of the noisiest sigma in which the gradient is followed.
         recurrence: times that each level of the window is repeated, >= 1.
         trajectories: independent guided runs per image, of which the final judge picks one.
@@ -59,7 +69,8 @@ class RewardGradient(Kernel):
     strength: float = 0.2
     push: Literal["mean", "drift", "noise", "velocity"] = "mean"
     scale: Literal["auto", "plain"] = "auto"
-    largest: float = 1.0
+    largest: float | None = 1.0
+    damping: float = 0.0
     window: tuple[float, float] = (0.0, 1.0)
     recurrence: int = 1
     trajectories: int = 1
@@ -68,7 +79,7 @@ class RewardGradient(Kernel):
     transition: GaussianTransition = CPS(0.9)
 
     def __post_init__(self) -> None:
-        kernel.finite(self, "strength")
+        kernel.finite(self, "strength", "damping")
         if self.push == "noise" and self.strength > 1:
             raise ValueError(f"strength must be at most 1 with push='noise'; got {self.strength}")
         kernel.one_of(self, push=_PUSHES, scale=("auto", "plain"))
@@ -76,8 +87,10 @@ class RewardGradient(Kernel):
             raise ValueError(
                 f"push={self.push!r} is normalised by definition; use scale='auto', or push another quantity"
             )
-        if not 0 < self.largest:
-            raise ValueError(f"largest must be positive; got {self.largest}")
+        if self.damping and self.scale != "plain":
+            raise ValueError("damping counts in the reward's units, which scale='auto' drops; use scale='plain'")
+        if self.largest is not None and not 0 < self.largest < math.inf:
+            raise ValueError(f"largest must be positive and finite, or None for no bound; got {self.largest}")
         kernel.check_window(self.window)
         kernel.at_least(self, 1, "recurrence", "trajectories")
         require_gaussian(self.transition, "it cannot be pushed so", noisy=self.push == "noise")
@@ -110,12 +123,12 @@ class RewardGradient(Kernel):
         for repeat in range(self.recurrence):
             if repeat:
                 x = self._back(task, x, level, repeat - 1, k)
-            prediction, scores, gradient = value_and_gradient(task, x, level, rows, self.jacobian)
+            prediction, scores, gradient, variance = value_and_gradient(task, x, level, rows, self.jacobian)
             lost = gradient.flatten(1).isnan().any(1).cpu()
             strength = torch.where(lost, strength / 2, strength)
             gradient = rows_where(lost, torch.zeros_like(x), gradient)
             noise = task.noise(rows, x.shape[1:], level, [*range(k)] * task.count, repeat)
-            x = self.pushed(task.schedule, prediction, gradient, strength, jump, noise)
+            x = self.pushed(task.schedule, prediction, gradient, self._damped(strength, variance), jump, noise)
         by_row, left = table(scores, k), table(strength, k)
         state = State(x, k, prediction.x0, carried={"strength": left})
         record = {"chosen": [0] * task.count, "strength": left}
@@ -124,7 +137,19 @@ class RewardGradient(Kernel):
     def _guides(self, schedule: NoiseSchedule, level: int) -> bool:
         informed = float(schedule.alpha[level]) > 0  # pure noise says nothing of the image: its gradient is rounding
         inside = kernel.in_window(self.window, schedule, level)
-        return self.strength > 0 and inside and informed and level + 1 < schedule.steps
+        last = level + 1 == schedule.steps and self.push != "velocity"  # has no noise, by which a push is measured
+        return self.strength > 0 and inside and informed and not last
+
+    def _damped(self, strength: Tensor, variance: Tensor | None) -> Tensor:
+        """The strengths [R] under the variances [R] of the estimates."""
+        if not self.damping:
+            return strength
+        if variance is None:
+            raise ValueError(
+                "damping makes up for estimates of the clean latents; this value judges noisy latents or looks further: leave "
+                "damping at 0, or pass value='tweedie'"
+            )
+        return strength / (1 + self.damping * strength * variance)
 
     def pushed(
         self,
@@ -156,7 +181,7 @@ class RewardGradient(Kernel):
         strength = strength.to(size.device)
         if self.scale == "plain":
             raw = size * (schedule.coefficients(level)[1] if self.push == "velocity" else unit)
-            length = strength * raw * (self.largest / (strength * raw)).clamp(max=1.0)
+            length = strength * raw if self.largest is None else (strength * raw).clamp(max=self.largest)
         elif self.push == "drift":
             length = strength / gradient[0].numel() ** 0.5
         else:

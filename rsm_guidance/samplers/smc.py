@@ -106,7 +106,7 @@ class TwistedSMC(Kernel):
         """Prediction, values [B * K] and their gradients at the particles; zero without `gradient`."""
         x, rows = state.x, task.rows_of(state.k)
         if self.gradient:
-            prediction, values, slope = value_and_gradient(task, x, level, rows, self.jacobian)
+            prediction, values, slope, _ = value_and_gradient(task, x, level, rows, self.jacobian)
             return prediction, values, slope.nan_to_num(0.0)  # such a particle proposes as the base model does
         values, known = task.score(x, level, rows)
         return known or task.predict(x, level, rows), values, torch.zeros_like(x)

@@ -67,8 +67,10 @@ def test_windows_open_and_close_terms() -> None:
 def test_composites_guide_and_carry_gradients(guided: DiffusionPipeline) -> None:
     call: dict[str, Any] = {"prompt": ["a star"] * 4, "seed": 0, "num_inference_steps": 6, "guidance_scale": 3.0}
     composite = Composite((Term(red), Term(blue, -1.0, window=(0.5, 1.0))), normalize="none")
-    plain = guided(**call, sampler=rg.Unguided(FKSteering().transition), reward=composite)
-    for sampler in (rg.BestOfN(4, FKSteering().transition), FKSteering(4), RewardGradient(0.4)):
+    step = RewardGradient().transition
+    plain = guided(**call, sampler=rg.Unguided(step), reward=composite)
+    best = FKSteering(4, transition=step, returned="best")
+    for sampler in (rg.BestOfN(4, step), best, RewardGradient(0.4)):
         assert sum(guided(**call, sampler=sampler, reward=composite).rewards) > sum(plain.rewards)
     ranked = Composite((Term(red), Term(blue, -1.0)), normalize="rank")
     out = guided(**call, sampler=rg.StepwiseSampling(3), reward=ranked)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,7 +28,9 @@ from rsm_guidance.samplers import (
     TreeSampling,
     TwistedSMC,
     Unguided,
+    tempering,
 )
+from rsm_guidance.samplers.kernel import State
 from rsm_guidance.samplers.psi import CrankNicolson
 from rsm_guidance.samplers.run import run
 from tests.samplers.cases import (
@@ -91,6 +94,12 @@ def test_all_potentials_together_weigh_as_one_value() -> None:
     mixture, reward = CASES["linear"]
     exact, log_z = float(expected_reward(tilt(mixture, reward)[0], reward)), float(tilt(mixture, reward)[1])
     for potential in ("max", "sum"):
+        state, total = State(torch.zeros(0), carried=tempering.start(FKSteering(potential=potential), 1, 2)), 0.0
+        phi = torch.tensor([[1.5, -0.7]], dtype=torch.float64)
+        for _ in range(7):
+            running, increment = tempering.potential(FKSteering(potential=potential), state, phi, 7)
+            state, total = replace(state, carried=state.carried | {"running": running}), total + increment
+        assert torch.allclose(torch.as_tensor(total), phi), "a value that does not change weighs once"
         sampler = FKSteering(64, potential=potential)
         output = run(sampler, problem("linear", COARSE, 100, exact=False))
         mean, error = weighted_reward(output)
@@ -179,7 +188,14 @@ def test_what_a_value_has_read_is_not_asked_again_and_follows_its_particle(
         moves.append(jump)
         return proposed(self, task, state, slope, jump)
 
+    def left(self: TwistedSMC, task: Any, state: Any, jump: tuple[int, int]) -> Any:
+        after, info = step(self, task, state, jump)
+        assert after.prediction is None or torch.equal(after.prediction.x, after.x), "no stale prediction goes on"
+        return after, info
+
+    step = TwistedSMC.step
     monkeypatch.setattr(TwistedSMC, "_proposed", checked)
+    monkeypatch.setattr(TwistedSMC, "step", left)
     for sampler in (
         TwistedSMC(4, gradient=gradient, threshold=threshold),
         PsiSampler(4, initial=None, gradient=gradient),

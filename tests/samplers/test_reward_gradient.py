@@ -7,10 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from rsm_guidance.core.schedule import Prediction
+from rsm_guidance.core.ledger import Ledger
+from rsm_guidance.core.random import RandomStreams
+from rsm_guidance.core.schedule import NoiseSchedule, Prediction
 from rsm_guidance.core.transitions import Transition
-from rsm_guidance.oracles.mixture import tilt
-from rsm_guidance.samplers import RewardGradient, Unguided
+from rsm_guidance.oracles.cases import MixtureValue
+from rsm_guidance.oracles.mixture import GaussianMixture, GaussianMixtureDenoiser, QuadraticReward, posterior, tilt
+from rsm_guidance.samplers import RewardGradient, Task, Unguided
 from rsm_guidance.samplers.gradients import value_and_gradient
 from rsm_guidance.samplers.run import run
 from tests.samplers.cases import ANCESTRAL, CASES, SCHEDULES, SHORT, ConstantValue, problem
@@ -74,7 +77,7 @@ def test_no_strength_and_no_gradient_are_the_unguided_run(transition: Transition
         task.value = ConstantValue()
         guided = run(RewardGradient(0.5, push=push, transition=transition), task)  # type: ignore[arg-type]
         assert torch.equal(guided.latents, plain)
-        assert guided.ledger.backward_passes == 4 * (SHORT.steps - 2)
+        assert guided.ledger.backward_passes == 4 * (SHORT.steps - (1 if push == "velocity" else 2))
 
 
 def test_budget_interruption_and_bad_input() -> None:
@@ -102,6 +105,9 @@ def test_budget_interruption_and_bad_input() -> None:
         ({"push": "drift", "scale": "plain"}, "normalised by definition"),
         ({"push": "latents"}, "push must be one of"),
         ({"largest": 0.0}, "largest must be positive"),
+        ({"largest": math.inf}, "None for no bound"),
+        ({"damping": 2.0}, "scale='plain'"),
+        ({"damping": -1.0, "scale": "plain"}, "damping must be finite"),
         ({"push": "noise", "transition": Transition("ode")}, "cannot be pushed"),
         ({"window": (0.5, 0.2)}, "window must be"),
     ):
@@ -119,7 +125,7 @@ def test_plain_velocity_guidance_with_the_exact_value_is_exact(name: str, kind: 
     """The gradient of V is the tilted law's score minus the base's, so the run must reach the tilted posterior."""
     mixture, reward = CASES["linear"]
     tilted, _ = tilt(mixture, reward)
-    sampler = RewardGradient(1.0, "velocity", "plain", math.inf, transition=Transition(kind, 1.0))
+    sampler = RewardGradient(1.0, "velocity", "plain", None, transition=Transition(kind, 1.0))
     output = run(sampler, problem("linear", SCHEDULES[name], 2000))
     x = output.latents[:, 0]
     assert abs(float(x.mean() - tilted.mean)) < 4 * float(tilted.variance.sqrt()) / 2000**0.5 + 0.05
@@ -160,7 +166,7 @@ def test_plain_scale_is_bounded_and_broken_gradients_back_off() -> None:
 
 def test_the_direct_gradient_is_that_of_the_reward_at_the_estimate() -> None:
     task = problem("ring", SHORT, 3, exact=False)
-    prediction, _, gradient = value_and_gradient(task, task.initial(0), 3, task.rows, jacobian=False)
+    prediction, _, gradient, _ = value_and_gradient(task, task.initial(0), 3, task.rows, jacobian=False)
     x0 = prediction.x0.clone().requires_grad_()
     (direct,) = torch.autograd.grad(CASES["ring"][1](x0).sum(), x0)
     assert torch.allclose(gradient, direct / SHORT.coefficients(3)[0])
@@ -184,3 +190,63 @@ def test_pushes_follow_their_formulas(push: Any, strength: float) -> None:
         "noise": gaussian.mean + (1 - strength**2) ** 0.5 * (plain - gaussian.mean) + strength * gaussian.std * d,
     }[push]
     assert torch.allclose(pushed, expected, atol=1e-5)
+
+
+def gaussian_task(schedule: NoiseSchedule, count: int, curvature: float = 6.0) -> tuple[Task, GaussianMixture]:
+    """Anisotropy aside, what damping is exact for: one Gaussian, a round quadratic reward, Tweedie's estimate; and the answer."""
+    mixture, reward = (
+        GaussianMixture.from_weights([1.0], [[-1.0, 0.5]], 0.6),
+        QuadraticReward.around([1.0, 0.0], curvature / 2),
+    )
+    prompts = [f"point {i}" for i in range(count)]
+    denoiser = GaussianMixtureDenoiser(mixture, schedule, prompts)
+    task = Task(
+        denoiser,
+        RandomStreams.for_prompts(0, prompts),
+        Ledger(),
+        reward,
+        MixtureValue(mixture, reward, denoiser, False),
+    )
+    return task, tilt(mixture, reward, 0.5)[0]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_damped_plug_in_guidance_of_a_gaussian_is_exact_and_undamped_it_overshoots(schedule: NoiseSchedule) -> None:
+    for damping in (6.0, 0.0):
+        task, tilted = gaussian_task(schedule, 1000)
+        guided = RewardGradient(2.0, "velocity", "plain", None, damping, transition=Transition("ddim", 1.0))
+        x = run(guided, task).latents
+        bias, spread = (x.mean(0) - tilted.mean) / tilted.variance.sqrt(), x.var(0) / tilted.variance
+        if damping:
+            assert bias.abs().max() < 0.15 and ((0.75 < spread) & (spread < 1.2)).all()
+        else:
+            assert bias[0] > 0.5 and spread.max() < 0.6, "too near to the best, and too narrow"
+
+
+@pytest.mark.parametrize("jacobian", [True, False])
+def test_the_variance_along_the_gradient_is_that_of_the_posterior(jacobian: bool) -> None:
+    task = problem("linear", SHORT, 6, exact=False)
+    for level in (2, 5):
+        x, (alpha, sigma) = task.initial(0), SHORT.coefficients(level)
+        found = value_and_gradient(task, x, level, task.rows, jacobian)[3]
+        exact = posterior(CASES["linear"][0], x, alpha, sigma).variance[:, 0]
+        assert torch.allclose(found, exact if jacobian else torch.full_like(exact, sigma**2 / alpha**2))
+    assert value_and_gradient(problem("linear", SHORT, 2), x[:2], 3, torch.arange(2))[3] is None, "no estimate is read"
+    with pytest.raises(ValueError, match="damping makes up for estimates"):
+        run(RewardGradient(1.0, "velocity", "plain", damping=2.0), problem("linear", SHORT, 2))
+
+
+def test_plain_velocity_guidance_has_the_coefficient_of_flow_nrg() -> None:
+    """v' = v - w t / (1 - t) grad r, and what follows for the step, at every level but the noisiest."""
+    task, w = problem("ring", SHORT, 3), 0.7
+    sampler = RewardGradient(w, "velocity", "plain", None, transition=Transition("ode"))
+    for level in range(1, SHORT.steps):
+        x = task.initial(0)
+        prediction, _, g, _ = value_and_gradient(task, x, level, task.rows)
+        t, later = float(SHORT.sigma[level]), float(SHORT.sigma[level + 1])
+        strength = torch.full((3,), w, dtype=torch.float64)
+        step = sampler.pushed(SHORT, prediction, g, strength, (level, level + 1), torch.zeros_like(x))
+        assert prediction.velocity is not None
+        assert torch.allclose(step, x + (later - t) * (prediction.velocity - w * t / (1 - t) * g)), level
+    levels = [entry["level"] for entry in run(sampler, problem("ring", SHORT, 3)).trace["levels"]]
+    assert levels == list(range(1, SHORT.steps))

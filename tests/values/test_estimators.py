@@ -131,8 +131,9 @@ def redness(images: Tensor, prompts: list[str]) -> Tensor:
 
 @pytest.mark.parametrize("spec", ["tweedie", "smoothed", "lookahead", Lookahead(3), Smoothed(3, temperature=0.1)])
 def test_every_estimator_guides_particles_and_gradients(guided: DiffusionPipeline, spec: Any) -> None:
-    plain = guided("a star", seed=0, sampler=rg.Unguided(FKSteering().transition), reward=redness, **CALL)
-    for sampler in (FKSteering(4), RewardGradient(0.4)):
+    step = RewardGradient().transition
+    plain = guided("a star", seed=0, sampler=rg.Unguided(step), reward=redness, **CALL)
+    for sampler in (FKSteering(4, transition=step, returned="best"), RewardGradient(0.4)):
         out = guided("a star", seed=0, sampler=sampler, reward=redness, value=spec, **CALL)
         assert out.rewards[0] > plain.rewards[0]
     with pytest.raises(ValueError, match="pass a reward as well"):

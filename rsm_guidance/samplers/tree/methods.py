@@ -1,7 +1,7 @@
 """Tree search over denoising trajectories: DTS (`tree-sampling`) and DTS* (`tree-search`), arXiv 2506.20701.
 
 Every simulation descends a tree of states from a dummy root above x_T, leaves it by a new draw from p(x' | x), and runs on
-to a clean image, whose true reward is backed up; all states on the way join the tree (`core/tree.py` has the formulas).
+to a clean image, whose true reward is backed up; all states on the way join the tree (`tree.py` has the formulas).
 
 - Select: DTS takes a child with probability proportional to exp(V), DTS* the one of highest
   V + c sqrt(log N(parent) / N(child)).  Widen: while a node of N visits has fewer than C N^alpha children, add one.
@@ -19,7 +19,7 @@ drawn with a chance P_j that follows the values, and weigh w_j / (m P_j), so tha
 the tree looks like: exp(log_normalizer) is unbiased for Z at every number of simulations, and all weights are positive and bounded
 (`Tree.restarts`).  What is returned is drawn by weight times exp(r / lambda).
 
-`samplers/growth.py` says how simulations run together: `batch` changes which tree grows, the other prompts of a call do
+`search.py` says how simulations run together: `batch` changes which tree grows, the other prompts of a call do
 not.  The first simulation is the unguided run of the same seed.
 """
 

@@ -58,7 +58,7 @@ class PipelineDenoiser:
         self._call, self._seed = dict(call), seed
         self._fitting, self._decoding = MicroBatch(sys.maxsize), MicroBatch(sys.maxsize)
         self._driver = Driver(pipe, Repeats(pipe, call, rows_of(pipe, call)), seed)
-        self.prompts = self._driver.repeats.prompts
+        self.prompts = self._driver.call.prompts
         self._others: list[PipelineDenoiser] = []
         self._levels: Levels | None = None
 
@@ -67,7 +67,7 @@ class PipelineDenoiser:
     @property
     def evaluations(self) -> float:
         """Forward passes of the denoiser so far, by latents."""
-        return self._driver.evaluations
+        return self._driver.loops.evaluations
 
     @property
     def steps(self) -> int:

@@ -56,11 +56,11 @@ def probe(pipe: DiffusionPipeline) -> Findings:
         return Findings(runs=_first_line(error), levels=_first_line(error))
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")
-        call, error = _example(pipe)
+        call, raised = _example(pipe)
         if call is not None:
             return _tried(pipe, call)
-        reason = _first_line(error)
-        return Findings(runs=reason, levels=reason) if "cannot be guided" in str(error) else Findings(tried=reason)
+        reason = _first_line(raised)
+        return Findings(runs=reason, levels=reason) if "cannot be guided" in str(raised) else Findings(tried=reason)
 
 
 @contextmanager

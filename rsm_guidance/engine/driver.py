@@ -98,6 +98,7 @@ class Driver:
     _trials: Trials = field(init=False)
     _start: Start | None = field(default=None, init=False)
     _paused: dict[Key, _Paused] = field(default_factory=dict, init=False)
+    _drew: bool = field(default=False, init=False)
     _closed: bool = field(default=False, init=False)
 
     def __post_init__(self, repeats: Repeats) -> None:
@@ -134,7 +135,7 @@ class Driver:
                 )
             self._start, self.scheduler_state = start, paused.loop.scheduler_state()
             self.per_row = self.per_row or (2.0 if start.guided else 1.0)
-            self._trials.compare_alone(start, paused.loop.drew_globally)
+            self._drew = paused.loop.drew_globally
         return self._start
 
     @property
@@ -147,6 +148,7 @@ class Driver:
     def step_at(self, x: Tensor, level: int, rows: Rows) -> Step:
         """The denoiser's answer about latents x [R, ...] of rows at a level."""
         self._trials.require_levels(self.started())
+        self._trials.compare_alone(self.started(), self._drew)
         turns = self._turns(rows)
         steps = [self._turn((turn.rows, i), turn, turn.takes(x), level) for i, turn in enumerate(turns)]
         if len(turns) == 1 and turns[0].places == tuple(range(len(rows))):
@@ -180,6 +182,7 @@ class Driver:
         self, rows: Rows, generators: Sequence[torch.Generator] | None, start: Tensor | None
     ) -> Iterator[tuple[Step, Tensor]]:
         """Each step of the call with the scheduler's own steps, and the latents that follow, [R, ...]."""
+        self._trials.compare_alone(self.started(), self._drew)
         turns, whole = self._turns(rows), generators is None and start is None and rows == self.base
         keys = [(turn.rows, index) for index, turn in enumerate(turns)]
         for key, turn in zip(keys, turns, strict=True):
@@ -261,13 +264,15 @@ class Driver:
     def rehearse(self, x: Tensor, rows: Rows, stand_ins: Mapping[str, Any]) -> Iterator[Step]:
         """The call for rows with latents x [R, ...] at each level; see `Loops.rehearse`.
 
+        What other rows than the call's own are given is theirs in shape; where they draw other numbers, not in content.
+
         Raises:
             NotReplayable: if there is no way to ask for these rows in one call.
         """
-        turns = self._turns(rows)
-        if len(turns) > 1 or turns[0].rows != rows:
+        way = "" if rows == self.base else self._trials.any_way(rows, self.started())
+        if not way and rows != self.base:
             raise NotReplayable(f"{type(self.pipe).__name__} cannot be asked for other rows in one call")
-        return self.loops.rehearse(self._call_of(turns[0]), rows, x, stand_ins)
+        return self.loops.rehearse(self._call_of(Turn(rows, rows, way)), rows, x, stand_ins)
 
     def answer_at_random(self) -> None:
         """Let random numbers, which depend on what it is given, stand in for the denoiser's answers."""

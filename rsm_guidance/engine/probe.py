@@ -109,7 +109,7 @@ def _together(pipe: DiffusionPipeline, call: dict[str, Any]) -> list[str]:
         warnings.simplefilter("always")
         try:
             with closing(PipelineDenoiser(pipe, two)) as denoiser:
-                denoiser.initial()
+                next(denoiser.follow())
         except Exception as error:  # of any stock call
             return [f"several prompts in one call: {_first_line(error)}"]
     return [str(w.message) for w in told if "batch" in str(w.message) and type(pipe).__name__ in str(w.message)]

@@ -32,6 +32,7 @@ class Trials:
 
     loops: Loops
     known: Known
+    _compared: bool = False
 
     @property
     def _base(self) -> Rows:
@@ -125,15 +126,17 @@ class Trials:
     def way(self, start: Start) -> str:
         """How to ask for other rows in one call; "" if there is no right way."""
         if self.known.way is None:
-            rows = picked_rows(len(self._base))
-            x = _noise(start)
+            rows, x = picked_rows(len(self._base)), _noise(start)
             whole = self._visits(self.loops.repeats.again, self._base, x)
-            self.known.way = ""
-            for way in WAYS if whole else ():
-                if self._right(way, rows, whole, x):
-                    self.known.way = way
-                    break
+            self.known.way = next((w for w in WAYS if whole and self._right(w, rows, whole, x)), "")
         return self.known.way
+
+    def any_way(self, rows: Rows, start: Start) -> str:
+        """A way to ask for other rows, if only for the shapes of what they are given; "" if there is none."""
+        x = _noise(start)[list(rows)]
+        return self.way(start) or next(
+            (w for w in WAYS if self._visits(partial(self.loops.repeats.of, rows, w), rows, x)), ""
+        )
 
     def _right(self, way: str, rows: Rows, whole: list[Visit], x: Tensor) -> bool:
         picked = self._visits(partial(self.loops.repeats.of, rows, way), rows, x[list(rows)])
@@ -164,6 +167,9 @@ class Trials:
         Where texts are encoded otherwise, the row is denoised with the others and alone, once for a pipeline, to see whether
         that matters; it is not counted.
         """
+        if self._compared:
+            return
+        self._compared = True
         if drew_globally and len(self._base) > 1 and isinstance(self.loops.repeats.call.get("generator"), list):
             self._warn("draws from torch's global generator for its whole batch", "the size")
         row = self.loops.repeats.suspect

@@ -149,7 +149,10 @@ class PipelineDenoiser:
         known, outputs = self._driver.known, self._driver.outputs
         if known.decoding is None and len(x0):
             with torch.no_grad():
-                known.decoding = decoding_of(lambda kind: outputs(x0[:1].detach(), kind, wanted[:1])[0][0])
+                first = x0[:1].detach()
+                known.decoding = decoding_of(
+                    lambda kind: outputs(first, kind, wanted[:1])[0][0], type(self.pipe).__name__
+                )
 
         def decoded(piece: slice) -> Tensor:
             return images_of(

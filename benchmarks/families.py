@@ -46,7 +46,7 @@ SAMPLERS = {
     "gradient": "reward-gradient",
 }
 BAD = ("differs", "fails", "promised")
-BEGIN, END = "<!-- tried -->\n", "\n<!-- /tried -->"
+BEGIN, END = "<!-- tried -->\n", "<!-- /tried -->"
 SPECIMENS: dict[str, Specimen] = ZOO | MORE | STRANGE
 
 
@@ -54,7 +54,7 @@ SPECIMENS: dict[str, Specimen] = ZOO | MORE | STRANGE
 class Families:
     """What works under which sampler, tried on tiny pipelines of every family.
 
-    python -m benchmarks.families
+    python -m benchmarks.families --page docs/families.md
 
     python -m benchmarks.families --families sdxl flux_fill
 
@@ -195,9 +195,8 @@ def run_families(config: Families) -> dict[str, Any]:
     write_json(config.out, {"families": result})
     if config.page is not None:
         head, _, rest = config.page.read_text().partition(BEGIN)
-        write_atomically(
-            config.page, head + BEGIN + families_table({"families": result}) + END + rest.partition(END)[2]
-        )
+        page = head + BEGIN + families_table({"families": result}) + "\n" + END + rest.partition(END)[2]
+        write_atomically(config.page, lambda path: path.write_text(page))
     return {"families": result}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -55,6 +55,7 @@ def probe(model: str) -> list[str]:
     from rsm_guidance.pipelines.catalog import FAMILIES
 
     location = model_location(model)
+    cls: Any
     cls, config = stock_class(location)
     name = cls.__name__
     reason = why_not(cls)  # type: ignore[arg-type]

@@ -4,10 +4,15 @@ A paused loop has them exchanged for what they were outside, as it has the attri
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import nn
+
+from rsm_guidance.engine.callbacks import Callbacks
+from rsm_guidance.engine.stand_ins import Shapes
 
 
 class Processors:
@@ -60,3 +65,34 @@ class GlobalRandom:
         if self._device is None:
             return (own,)
         return own, torch.Generator(self._device).manual_seed(seed % 2**63).get_state()
+
+
+@dataclass
+class Surroundings:
+    """What the loops of one call have in common.
+
+    Attributes:
+        processors: the attention processors of the pipeline's modules.
+        random: torch's global generators.
+        before: their states, from which restarts draw.
+        key: names the draws inside of the loop.
+        shapes: how denoisers have answered.
+        callbacks: what the caller's callback was told.
+        blends: whether the pipeline changes the latents after `scheduler.step` (inpainting pastes the known region), so that
+            a jump has to run the end of the step before; until that is known, it is taken to do so.
+    """
+
+    processors: Processors
+    random: GlobalRandom
+    before: State
+    key: int
+    shapes: Shapes = field(default_factory=Shapes)
+    callbacks: Callbacks = field(default_factory=Callbacks)
+    blends: bool = True
+
+    @staticmethod
+    def of(pipe: DiffusionPipeline, seed: int | None = None) -> "Surroundings":
+        """Those of a pipeline now; `seed` says what is drawn from the global generators, else their present state does."""
+        random = GlobalRandom(pipe._execution_device)
+        before = random.now() if seed is None else random.seeded(seed)
+        return Surroundings(Processors(pipe.components.values()), random, before, int(before[0].long().sum()))

@@ -25,27 +25,37 @@ _FORMS: dict[str, Callable[[Tensor], Tensor]] = {
 _ARRAYS = "arrays"
 
 
-def decoding_of(output: Output) -> str:
-    """How the output for one latent is made to images: the name of a form, or what it is instead of images.
+def decoding_of(output: Output, name: str) -> str:
+    """How the output for one latent is made to images: the name of a form.
 
     Args:
         output: the stock output, a sequence whose first entry holds the images, for "pt" and "np".
+        name: of the pipeline.
+
+    Raises:
+        UsageError: if images or videos are not in [0, 1], so that they are none.
     """
     errors: list[Exception] = []
     arrays, tensors = _arrays(_try(output, "np", errors)), _tensors(_try(output, "pt", errors))
     if len(errors) == 2:
         raise errors[0]
+    shown = tensors if arrays is None else arrays
+    if shown is not None and shown.ndim > 3 and not (shown.min() >= -1e-3 and shown.max() <= 1 + 1e-3):
+        raise UsageError(
+            f"the output of {name} lies in {float(shown.min()):.3g}..{float(shown.max()):.3g} and not in 0..1; it is no image that a "
+            "reward could see"
+        )
     if arrays is None:
         return _ARRAYS if tensors is None else "tensors"
     if tensors is not None:
-        for name, form in _FORMS.items():
-            made = form(tensors) if tensors.ndim > 4 or "frames" not in name else None
+        for found, form in _FORMS.items():
+            made = form(tensors) if tensors.ndim > 4 or "frames" not in found else None
             if (
                 made is not None
                 and made.shape == arrays.shape
                 and torch.allclose(made.float().cpu(), arrays, atol=2e-2)
             ):
-                return name
+                return found
     return _ARRAYS
 
 

@@ -62,7 +62,7 @@ class PipelineDenoiser:
         self._call, self._seed = dict(call), seed
         self._fitting, self._decoding = MicroBatch(sys.maxsize), MicroBatch(sys.maxsize)
         self._driver = Driver(pipe, Repeats(pipe, call, rows_of(pipe, call)), seed)
-        self.prompts = self._driver.repeats.prompts
+        self.prompts = self._driver.call.prompts
         self._others: list[PipelineDenoiser] = []
         self._levels: Levels | None = None
         self._wide: Any = None  # the decoder in float32
@@ -74,7 +74,7 @@ class PipelineDenoiser:
     @property
     def evaluations(self) -> float:
         """Forward passes of the denoiser so far, by latents."""
-        return self._driver.evaluations
+        return self._driver.loops.evaluations
 
     @property
     def steps(self) -> int:
@@ -161,7 +161,10 @@ class PipelineDenoiser:
         x0 = x0.float() if "vae" in plain else x0
         if known.decoding is None and len(x0):
             with torch.no_grad():
-                known.decoding = decoding_of(lambda kind: outputs(x0[:1].detach(), kind, wanted[:1])[0][0])
+                first = x0[:1].detach()
+                known.decoding = decoding_of(
+                    lambda kind: outputs(first, kind, wanted[:1])[0][0], type(self.pipe).__name__
+                )
 
         def decoded(piece: slice) -> Tensor:
             return images_of(
@@ -270,7 +273,7 @@ class PipelineDenoiser:
 
     def aside(self) -> AbstractContextManager[None]:
         """Evaluations that are no steps of the run, such as a value's lookahead; a callback is not told of them."""
-        return self._driver.around.callbacks.aside()
+        return self._driver.loops.around.callbacks.aside()
 
     def _plain_decoding(self) -> dict[str, Any]:
         """Stand-ins for what comes after the decoder, and under gradient for one that stock casts up and back again."""

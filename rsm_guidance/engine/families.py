@@ -135,7 +135,8 @@ def denoisers_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
 def require_drivable(pipe: DiffusionPipeline) -> None:
     """Raise a ValueError that says why the engine cannot drive this pipeline, if its class or its components tell."""
     require_pausable(pipe)
-    reason = why_not(type(pipe))  # type: ignore[arg-type]
+    cls: Any = type(pipe)
+    reason = why_not(cls)
     if reason is not None:
         raise ValueError(f"{type(pipe).__name__} cannot be guided: {reason}; call it with sampler=None")
 

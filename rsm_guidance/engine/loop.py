@@ -12,7 +12,7 @@ import inspect
 import operator
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,11 +22,11 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor
 
 from rsm_guidance.core.random import derive_seed
-from rsm_guidance.engine.borrowed import GlobalRandom, Processors, State
-from rsm_guidance.engine.callbacks import Callbacks, ForEveryRow, replayed
+from rsm_guidance.engine.borrowed import State, Surroundings
+from rsm_guidance.engine.callbacks import ForEveryRow, replayed
 from rsm_guidance.engine.families import denoisers_of, stock_call_of, traits_of, uses_guidance
 from rsm_guidance.engine.schedulers import Stepper, idle_steps, stepper
-from rsm_guidance.engine.stand_ins import Blank, FastForward, Shapes, batch_size
+from rsm_guidance.engine.stand_ins import Blank, FastForward, batch_size
 
 
 @dataclass(frozen=True)
@@ -91,37 +91,6 @@ def _become(pipe: DiffusionPipeline, attributes: dict[str, Any]) -> None:
     current.update({n: v for n, v in attributes.items() if n != "_interrupt"})
     for name in current.keys() - attributes.keys() - {"_interrupt"}:
         del current[name]
-
-
-@dataclass
-class Surroundings:
-    """What the loops of one call have in common.
-
-    Attributes:
-        processors: the attention processors of the pipeline's modules.
-        random: torch's global generators.
-        before: their states, from which restarts draw.
-        key: names the draws inside of the loop.
-        shapes: how denoisers have answered.
-        callbacks: what the caller's callback was told.
-        blends: whether the pipeline changes the latents after `scheduler.step` (inpainting pastes the known region), so that
-            a jump has to run the end of the step before; until that is known, it is taken to do so.
-    """
-
-    processors: Processors
-    random: GlobalRandom
-    before: State
-    key: int
-    shapes: Shapes = field(default_factory=Shapes)
-    callbacks: Callbacks = field(default_factory=Callbacks)
-    blends: bool = True
-
-    @staticmethod
-    def of(pipe: DiffusionPipeline, seed: int | None = None) -> "Surroundings":
-        """Those of a pipeline now; `seed` says what is drawn from the global generators, else their present state does."""
-        random = GlobalRandom(pipe._execution_device)
-        before = random.now() if seed is None else random.seeded(seed)
-        return Surroundings(Processors(pipe.components.values()), random, before, int(before[0].long().sum()))
 
 
 class StockLoop:
@@ -392,10 +361,9 @@ class StockLoop:
             self.drew_globally = not all(torch.equal(a, b) for a, b in pairs)
         if not _alike(processors, self._inner_processors):
             around.processors.put(processors)
-        if self._begun is not None:
-            now = self._own_random()
-            self.drew = now is not None and not torch.equal(self._begun, now)
-            self._begun = None
+        if self._begun is not None and (own := self._own_random()) is not None:
+            self.drew = not torch.equal(self._begun, own)
+        self._begun = None
         if not live:
             around.random.put(outer)
 

@@ -56,11 +56,11 @@ def probe(pipe: DiffusionPipeline) -> Findings:
         return Findings(runs=_first_line(error), levels=_first_line(error))
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")
-        call, failed = _example(pipe)
+        call, raised = _example(pipe)
         if call is not None:
             return _tried(pipe, call)
-        reason = _first_line(failed)
-        return Findings(runs=reason, levels=reason) if "cannot be guided" in str(failed) else Findings(tried=reason)
+        reason = _first_line(raised)
+        return Findings(runs=reason, levels=reason) if "cannot be guided" in str(raised) else Findings(tried=reason)
 
 
 @contextmanager
@@ -109,7 +109,7 @@ def _together(pipe: DiffusionPipeline, call: dict[str, Any]) -> list[str]:
         warnings.simplefilter("always")
         try:
             with closing(PipelineDenoiser(pipe, two)) as denoiser:
-                denoiser.initial()
+                next(denoiser.follow())
         except Exception as error:  # of any stock call
             return [f"several prompts in one call: {_first_line(error)}"]
     return [str(w.message) for w in told if "batch" in str(w.message) and type(pipe).__name__ in str(w.message)]

@@ -96,7 +96,7 @@ class Encoder:
         one = min(range(len(texts)), key=lambda i: len(texts[i]))
         copies = len(self._prompts) // len(texts)
         rest = {n: [v[one]] if isinstance(v, list) and len(v) == len(texts) else v for n, v in arguments.items()}
-        extra: Any = rest.pop("kwargs", {})
+        extra: dict[str, Any] = dict(rest.pop("kwargs", {}))
         alone = pick_rows(stock(**rest, **extra), (0,), copies)
         together = not _alike(alone, pick_rows(self._encoded[0], (one * copies,), len(self._prompts)))
         if together or len({len(t) for t in texts}) > 1:  # equally long ones tell nothing of padding

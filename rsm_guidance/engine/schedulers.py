@@ -202,7 +202,8 @@ def levels_of(reading: Reading, state: dict[str, Any], steps: int, idle: int = 0
 
 def _found(scheduler: SchedulerMixin) -> Reading | str:
     """The reading of a scheduler, or why there is none."""
-    return _tried(type(scheduler), json.dumps(dict(scheduler.config), sort_keys=True, default=str))  # type: ignore[arg-type]
+    cls: Any = type(scheduler)
+    return _tried(cls, json.dumps(dict(scheduler.config), sort_keys=True, default=str))
 
 
 @functools.lru_cache(maxsize=256)
@@ -239,7 +240,8 @@ def _set(scheduler: Any) -> None:
 def _readings(scheduler: Any, config: dict[str, Any]) -> Iterator[Reading]:
     """Readings that a scheduler's attributes allow, the likely ones first."""
     told = config.get("prediction_type")
-    kinds = [_KINDS[told]] if told in _KINDS else ["flow", "epsilon"] if told is None else []
+    usual: list[PredictionType] = ["flow", "epsilon"]
+    kinds = [_KINDS[told]] if told in _KINDS else usual if told is None else []
     clips: list[tuple[float | None, bool]] = [(None, False)]
     if config.get("clip_sample"):
         limit = float(config.get("clip_sample_range") or 1.0)

@@ -19,8 +19,8 @@ from rsm_guidance.core.ledger import Budget, Ledger
 from rsm_guidance.core.random import Purpose, RandomStreams, derive_seed, generator_of
 from rsm_guidance.engine import PipelineDenoiser
 from rsm_guidance.engine.driver import rows_of
+from rsm_guidance.engine.exclusive import turn_of
 from rsm_guidance.engine.families import prompts_of, require_drivable, traits_of, why_not
-from rsm_guidance.engine.turns import turn_of
 from rsm_guidance.rewards import name_of, resolve_reward
 from rsm_guidance.samplers import Monitor, Progress, Sampler, SamplerOutput, Task, Watch, parse_sampler, run
 from rsm_guidance.values import ESTIMATORS, Tweedie, resolve_value

@@ -18,6 +18,7 @@ from rsm_guidance.cli.main import main
 from rsm_guidance.engine.families import why_not
 from rsm_guidance.pipelines.catalog import BEGIN, END, FAMILIES, card, shim, table
 from tests.zoo import ZOO
+from tests.zoo.more import MORE
 
 ROOT = Path(__file__).parents[2]
 LOAD = """
@@ -113,6 +114,9 @@ def test_probe_tells_what_a_folder_can_do(tmp_path: Path, capsys: pytest.Capture
     pipe.scheduler = diffusers.HeunDiscreteScheduler.from_config(pipe.scheduler.config)
     pipe.save_pretrained(folder)
     assert "more than once per level" in probe(str(folder))[1]
+    for part in folder.glob("*/*.safetensors"):
+        part.unlink()
+    assert "as far as its class tells (no weights" in probe(str(folder))[0]
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "model_index.json").write_text('{"_class_name": "MyOwnPipeline"}')
     for model, words in ((tmp_path / "other", "does not export"), (tmp_path / "gone", "no such folder")):
@@ -120,3 +124,22 @@ def test_probe_tells_what_a_folder_can_do(tmp_path: Path, capsys: pytest.Capture
             main(["families", str(model)])
         assert stop.value.code == 2
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("text_to_video", "TextToVideoSDPipeline: cannot be guided: its scheduler.step is given latents of shape"),
+        (
+            "sd15_thresholding",
+            "none and best-of-n with the transition 'scheduler' (it clips its estimates at a quantile",
+        ),
+        (
+            "flux_control_img2img",
+            "FluxControlImg2ImgPipeline: can be guided, as reward_guided(FluxControlImg2ImgPipeline)",
+        ),
+    ],
+)
+def test_a_folder_with_weights_is_tried(name: str, words: str, tmp_path: Path) -> None:
+    MORE[name].build().save_pretrained(tmp_path)
+    assert words in "\n".join(probe(str(tmp_path)))

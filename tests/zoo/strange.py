@@ -121,6 +121,13 @@ class Embeddings(Plain):
         return latents.flatten(1)
 
 
+class Unbounded(Plain):
+    """What it gives has the shape of images and is none."""
+
+    def decode(self, latents: Tensor, output_type: str) -> Any:
+        return 9 * latents if output_type == "pt" else 9 * latents.movedim(1, -1).numpy()
+
+
 class Part(Plain):
     """Its scheduler sees all rows but the first of each latent."""
 
@@ -259,6 +266,7 @@ STRANGE: dict[str, Specimen] = {
             Raw,
             Arrays,
             Embeddings,
+            Unbounded,
             Part,
             Twice,
             Drawing,

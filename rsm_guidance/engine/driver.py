@@ -18,7 +18,7 @@ from rsm_guidance.engine.borrowed import Surroundings
 from rsm_guidance.engine.callbacks import unwatched
 from rsm_guidance.engine.families import denoisers_of, prompts_of
 from rsm_guidance.engine.known import Known, known_of
-from rsm_guidance.engine.loop import Done, Start, Step, StockLoop, stop_asked_of
+from rsm_guidance.engine.loop import Done, Start, Step, StockLoop, keeps_caches, stop_asked_of
 from rsm_guidance.engine.loops import Loops, start_of
 from rsm_guidance.engine.recording import Blanks, Recorder
 from rsm_guidance.engine.restart import WAYS, Repeats
@@ -321,11 +321,15 @@ class Driver:
         return self._paused[key]
 
     def _make_room(self, key: Key) -> None:
-        """Abandon the paused call of a key, those that hold an autograd graph, and those that were used long ago."""
+        """Abandon the paused call of a key, those that hold an autograd graph, and those that were used long ago.
+
+        All, where modules keep something from step to step: it is of the call that went on last.
+        """
         kinds = list(dict.fromkeys(rows for rows, _ in reversed(self._paused) if rows != key[0]))[: _KEPT - 1]
+        caches = keeps_caches(self.pipe)
         for other, paused in list(self._paused.items()):
             graph = paused.step is not None and paused.step.model_output.requires_grad
-            if other == key or graph or other[0] not in (key[0], *kinds):
+            if other == key or graph or caches or other[0] not in (key[0], *kinds):
                 self._paused.pop(other).loop.close()
 
     def _advance(self, key: Key, x: Tensor | None) -> Step:

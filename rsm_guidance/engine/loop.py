@@ -396,6 +396,11 @@ class StockLoop:
             reset_caches(self.pipe)
 
 
+def keeps_caches(pipe: DiffusionPipeline) -> bool:
+    """Whether a module keeps something from step to step (`enable_cache`)."""
+    return any(getattr(component, "is_cache_enabled", False) for component in pipe.components.values())
+
+
 def reset_caches(pipe: DiffusionPipeline) -> None:
     """Forget what modules keep from step to step, as at the end of a stock call."""
     for component in pipe.components.values():

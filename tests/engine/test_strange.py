@@ -145,7 +145,7 @@ def test_an_abandoned_call_puts_back_what_the_stock_call_puts_back_at_its_end() 
     [
         (strange.Part, r"latents of shape \[\d, 4, 7, 8\], a part or another arrangement of the \[\d, 4, 8, 8\]"),
         (strange.Twice, "several times per level|depends on the levels before"),
-        (strange.Unbounded, r"the output of RewardGuidedUnbounded lies in -.* and not in 0..1"),
+        (strange.Unbounded, r"the output of Unbounded lies in -.* and not in 0..1"),
         (strange.Embeddings, r"is no image, video or sound that a reward could see, but a tensor of shape \[\d, 256\]"),
     ],
 )

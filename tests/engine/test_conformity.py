@@ -193,13 +193,13 @@ def test_same_seed_same_image_in_any_batch(pipe: DiffusionPipeline, name: str) -
         "qwenimage_edit",
     ],
 )
-def test_every_row_keeps_its_own_input_image(own: str) -> None:
+def test_every_row_keeps_its_own_input_image_and_mask(own: str) -> None:
     pipe, base = ZOO[own].build(), ZOO[own].call()
     generators = [torch.Generator().manual_seed(0) for _ in range(2)]
     pictures = [base["image"], ImageOps.invert(base["image"])]
     arguments = base | {"prompt": ["a cat", "a cat"], "image": pictures, "generator": generators}
     if "mask_image" in base:
-        arguments["mask_image"] = [base["mask_image"]] * 2
+        arguments["mask_image"] = [base["mask_image"], ImageOps.invert(base["mask_image"])]
     if arguments.get("negative_prompt") is not None:
         arguments["negative_prompt"] = ["bad", "bad"]
     with closing(PipelineDenoiser(pipe, arguments)) as denoiser:

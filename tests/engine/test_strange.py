@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from typing import Any
 
+import diffusers as df
 import numpy as np
 import pytest
 import torch
@@ -120,6 +121,31 @@ def test_without_a_seed_global_draws_are_those_of_the_stock_call() -> None:
         call = {"generator": torch.Generator().manual_seed(0), "output_type": "np", "sampler": sampler}
         images.append(pipe(PROMPTS, **call).images)
     assert np.array_equal(*images)
+
+
+@pytest.mark.parametrize(
+    ("cls", "scheduler", "levels"),
+    [
+        (Plain, df.FlowMatchEulerDiscreteScheduler(), 4),
+        (Plain, df.PNDMScheduler(skip_prk_steps=True), 5),
+        (Plain, df.FlowMatchHeunDiscreteScheduler(), 7),
+        (strange.Late, df.FlowMatchEulerDiscreteScheduler(), 3),
+    ],
+    ids=["N", "N+1", "2N-1", "N-1"],
+)
+def test_levels_are_those_that_the_loop_goes_through_whatever_its_progress_bar_counts(
+    cls: type[Plain], scheduler: Any, levels: int
+) -> None:
+    stock = strange.strange(cls)
+    stock.scheduler = scheduler
+    evaluated: list[int] = []
+    counting = stock.unet.register_forward_pre_hook(lambda *_: evaluated.append(1))
+    expected = stock("a cat", output_type="np", generator=torch.Generator().manual_seed(0)).images
+    counting.remove()
+    assert len(evaluated) == levels
+    pipe = rg.RewardGuidedPipeline.from_pipe(stock)
+    out = pipe("a cat", output_type="np", generator=torch.Generator().manual_seed(0), sampler="none", reward=red)
+    assert np.array_equal(out.images, expected) and out.ledger.denoiser_evaluations == levels
 
 
 def test_an_abandoned_call_puts_back_what_the_stock_call_puts_back_at_its_end() -> None:

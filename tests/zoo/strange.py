@@ -61,7 +61,7 @@ class Plain(DiffusionPipeline):
         self.scheduler.set_timesteps(num_inference_steps)
         extra = self.begin(latents, pictures)
         with self.progress_bar(total=num_inference_steps) as bar:
-            for t in self.scheduler.timesteps:
+            for t in self.levels():
                 noise = self.answer(latents, t, embeds, extra)
                 following = self.scheduler.step(timestep=t, return_dict=False, **self.told(noise, latents))[0]
                 latents, extra = self.stepped(following, noise, t, latents, extra)
@@ -76,6 +76,9 @@ class Plain(DiffusionPipeline):
 
     def begin(self, latents: Tensor, pictures: Any) -> Any:
         return None
+
+    def levels(self) -> Tensor:
+        return self.scheduler.timesteps
 
     def answer(self, latents: Tensor, t: Tensor, embeds: Tensor, extra: Any) -> Tensor:
         return self.unet(latents, t, embeds, extra)[0]
@@ -103,6 +106,16 @@ class Raw(Plain):
     def decode(self, latents: Tensor, output_type: str) -> Any:
         images = self.vae.decode(latents, return_dict=False)[0]
         return images if output_type == "pt" else (images / 2 + 0.5).clamp(0, 1).movedim(1, -1).float().numpy()
+
+
+class Late(Plain):
+    """It leaves the first level out, as calls with a strength do; its progress bar counts it."""
+
+    def begin(self, latents: Tensor, pictures: Any) -> Any:
+        self.scheduler.set_begin_index(1)
+
+    def levels(self) -> Tensor:
+        return self.scheduler.timesteps[1:]
 
 
 class Arrays(Plain):
@@ -264,6 +277,7 @@ STRANGE: dict[str, Specimen] = {
         (
             Plain,
             Raw,
+            Late,
             Arrays,
             Embeddings,
             Unbounded,

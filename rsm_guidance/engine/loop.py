@@ -77,6 +77,19 @@ class _SchedulerOutput(BaseOutput):
     pred_original_sample: Tensor
 
 
+def _deep(call: Callable[[], Any]) -> Any:
+    """What a call returns, made some 80 frames of C below here, and none of Python.
+
+    torch's errors walk 64 frames of C up the stack.  Below the beginning of a greenlet lie those of whoever runs meanwhile,
+    through which such a walk would end the process.
+    """
+    return operator.call(*[operator.call] * _FRAMES, call)
+
+
+_FRAMES = 40
+"""Each is at least two frames of C."""
+
+
 def stop_asked_of(pipe: DiffusionPipeline) -> bool:
     """Whether someone, perhaps in another thread, has set the flag by which stock calls end early."""
     return vars(pipe).get("_interrupt") is True
@@ -165,7 +178,7 @@ class StockLoop:
         self._install(encode_prompt)
         stock_call = stock_call_of(type(pipe))
         run = getattr(stock_call, "__wrapped__", stock_call)
-        self._greenlet: greenlet = greenlet(lambda: Done(run(pipe, **self._call)))
+        self._greenlet: greenlet = greenlet(functools.partial(_deep, lambda: Done(run(pipe, **self._call))))
 
     def _install(self, encode_prompt: Callable[..., Any] | None) -> None:
         pipe = self.pipe

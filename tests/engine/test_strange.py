@@ -1,5 +1,7 @@
 """What a pipeline does otherwise than most is found by trying, and driven rightly or refused with the reason."""
 
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -160,6 +162,37 @@ def test_an_abandoned_call_puts_back_what_the_stock_call_puts_back_at_its_end() 
         second.predict(second.initial().clone(), 1)
         second.close()
     assert pipe.unet.processor == "own"
+
+
+def test_errors_of_torch_are_raised_from_a_loop_that_another_depth_of_calls_resumes() -> None:
+    """In a process of its own: torch's walk up the stack of C once ended it."""
+    code = """
+import contextlib, torch
+from rsm_guidance.engine import PipelineDenoiser
+from tests.zoo import strange
+
+def at(depth, call):
+    return next(map(lambda d: at(d, call), [depth - 1])) if depth else call()
+
+def opened():
+    denoiser = PipelineDenoiser(strange.strange(strange.Plain), {"prompt": ["a"]})
+    x = denoiser.initial()
+    denoiser.predict(x, 0)
+    denoiser.pipe.unet.conv.weight = torch.nn.Parameter(torch.zeros(4, 5, 3, 3))
+    return denoiser, x + 1
+
+with torch.no_grad():
+    for depth in range(0, 60, 6):
+        for other in range(0, 60, 6):
+            denoiser, x = at(depth, opened)
+            with contextlib.closing(denoiser):
+                try:
+                    at(other, lambda: denoiser.predict(x, 1))
+                except RuntimeError:
+                    print("raised")
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout.split()) == (0, ["raised"] * 100), ended.stderr[-2000:]
 
 
 # --- refused ---

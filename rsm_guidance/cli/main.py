@@ -1,12 +1,16 @@
-"""`rsm-guidance`: the command line.  Exit code 2 and one sentence on bad input, 130 on Ctrl-C.
+"""`rsm-guidance`: the command line.  Exit code 2 and one sentence on bad input, 130 on Ctrl-C, 143 on SIGTERM.
 
 Parsing loads neither torch nor diffusers: commands are dataclasses of plain types, and their `run` imports what it needs.
 """
 
+import contextlib
 import os
 import pkgutil
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, NoReturn, Union
 
 PROGRAM = "rsm-guidance"
@@ -24,6 +28,8 @@ COMMANDS = {
     "benchmark values": "rsm_guidance.cli.benchmark:BenchmarkValues",
     "benchmark samplers": "rsm_guidance.cli.benchmark:BenchmarkSamplers",
 }
+_LIBRARIES = ("diffusers", "transformers")
+_LONGEST = 900
 _DESCRIPTION = f"""Reward guidance for diffusion and flow pipelines.
 
 Every command has --help with examples. Where an error is more than bad input, {PROGRAM} --debug COMMAND shows its traceback
@@ -31,20 +37,27 @@ Every command has --help with examples. Where an error is more than bad input, {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; exits with 0, 2 (bad input) or 130 (interrupted); `data check` also with 1.
+    """Run one command; exits with 0, 2 (bad input), 130 or 143 (interrupted); `data check` also with 1.
 
     What a user's reward raises comes through with its traceback, and with --debug every error.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words or os.environ.get("RSM_GUIDANCE_DEBUG", "") not in ("", "0")
     try:
-        parse([word for word in words if word != "--debug"]).run()
+        with terminated_as_interrupted() as stopped_by:
+            parse([word for word in words if word != "--debug"]).run()
     except (ValueError, OSError) as error:
         if debug or _crashed_in_reward(error):
             raise
         _fail(f"error: {error}", 2)
     except KeyboardInterrupt as interrupt:
-        _fail(f"interrupted {str(interrupt) or 'before there was anything to keep'}", 130)
+        _fail(f"interrupted {str(interrupt) or 'before there was anything to keep'}", 128 + stopped_by())
+    except Exception as error:
+        library = _library_of_a_model(error)
+        if debug or _crashed_in_reward(error) or library is None:
+            raise
+        said = f"{type(error).__name__}: {error}"
+        _fail(f"error: {library} could not run the model: {said}; {PROGRAM} --debug COMMAND shows where", 2)
 
 
 def parse(words: list[str]) -> Any:
@@ -84,8 +97,36 @@ def _crashed_in_reward(error: Exception) -> bool:
     return rewards is not None and rewards.crashed_in_reward(error)
 
 
+def _library_of_a_model(error: BaseException) -> str | None:
+    """The library in whose model or tokenizer an error arose, which may be damaged or of another kind than is said."""
+    names = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next((n for n in (name.partition(".")[0] for name in reversed(names)) if n in _LIBRARIES), None)
+
+
+@contextlib.contextmanager
+def terminated_as_interrupted() -> Iterator[Callable[[], int]]:
+    """SIGTERM acts as Ctrl-C does: the best so far is kept.  Gives the number of the signal that came last."""
+    came = [signal.SIGINT]
+
+    def terminate(number: int, frame: object) -> None:
+        came.append(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: came[-1]
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield lambda: came[-1]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"{PROGRAM}: {' '.join(message.split())}", file=sys.stderr)
+    sentence = " ".join(message.split())
+    if len(sentence) > _LONGEST:  # it quotes what was given
+        sentence = f"{sentence[: _LONGEST // 2]} ... {sentence[-_LONGEST // 2 :]}"
+    print(f"{PROGRAM}: {sentence}", file=sys.stderr)
     sys.exit(code)
 
 

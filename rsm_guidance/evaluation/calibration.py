@@ -28,6 +28,7 @@ from rsm_guidance.values import ESTIMATORS, resolve_value
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_MOST_RUNS = 100_000
 VALUES = ("tweedie", "smoothed", "lookahead", "lookahead:steps=4")
 
 
@@ -63,6 +64,8 @@ class Calibration:
                 "values are compared within prompts: at least 1 prompt, 2 runs and a batch of 1; got "
                 f"{len(self.prompts)}, {self.runs} and {self.batch_size}"
             )
+        if self.runs > _MOST_RUNS:
+            raise UsageError(f"at most {_MOST_RUNS} runs of a prompt are held in memory; got {self.runs}")
         if not self.levels or not all(0 < share < 1 for share in self.levels):
             raise UsageError(f"levels are shares of the steps between 0 and 1; got {self.levels}")
         if not self.values:

@@ -11,7 +11,6 @@ Runs are cut into chunks of prompts, each written when it is done: an interrupte
 under `accelerate launch` every process takes its share of the chunks.
 """
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -42,7 +41,7 @@ from rsm_guidance.evaluation.generate import (
 from rsm_guidance.evaluation.report.pictures import grid
 from rsm_guidance.evaluation.report.tables import comparison_table
 from rsm_guidance.evaluation.statistics import mean_interval
-from rsm_guidance.io.files import write_atomically, write_image, write_json
+from rsm_guidance.io.files import read_json, write_atomically, write_image, write_json
 from rsm_guidance.samplers import Sampler, Unguided
 from rsm_guidance.samplers.planning import Costs, fit_to_budget
 
@@ -209,10 +208,11 @@ def _read(
     """A finished chunk, or None if it is missing, damaged, or of other settings."""
     path = _path(config, run, chunk, second)
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = read_json(path)
+    except ValueError:
         return None
-    return found if found.get("asked") == _asked(config, settings, run, chunk) else None
+    usable = isinstance(found, dict) and found.get("asked") == _asked(config, settings, run, chunk)
+    return found if usable else None
 
 
 def _work(

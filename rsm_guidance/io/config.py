@@ -45,6 +45,8 @@ def read_config(path: Path, cls: type[T]) -> T:
     subject = f"the configuration {path}"
     try:
         data = read_yaml(read_text(path))
+    except RecursionError as error:
+        raise UsageError(f"{subject} is nested too deeply") from error
     except OSError as error:
         raise UsageError(f"cannot read {subject}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -98,6 +98,42 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     write_atomically(path, lambda p: save_file(own, p, metadata))
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file by name, on the CPU.
+
+    Raises:
+        ValueError: if the file is missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors: dict[str, Tensor] = load_file(require_regular(path))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot read the tensors of {path}: {error}") from error
+    return tensors
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: if the file is missing, no JSON, or holds NaN or infinity.
+    """
+    try:
+        return json.loads(read_text(path), parse_constant=_refused, parse_float=_finite)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"cannot read {path} as JSON: {error}") from error
+
+
+def _refused(constant: str) -> float:
+    raise ValueError(f"JSON has no {constant}")
+
+
+def _finite(digits: str) -> float:
+    return number if math.isfinite(number := float(digits)) else _refused(digits)
+
+
 def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
     """Call `write` with an empty folder beside `folder` and put it in its place.
 
@@ -190,7 +226,7 @@ def read_prompts(path: Path) -> list[str]:
     if path.suffix == ".jsonl":
         try:
             found = [json.loads(line)["prompt"] for line in lines]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"every line of {path} must be a JSON object with a 'prompt': {error!r}") from error
         strange = next((p for p in found if not isinstance(p, str)), None)
         if strange is not None or None in found:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError
 
 from rsm_guidance.core.errors import UsageError
 from rsm_guidance.io.names import model_location
@@ -38,8 +37,10 @@ def load_pipeline(
     location = model_location(model)
     try:
         pipe = RewardGuidedPipeline.from_pretrained(location, dtype=getattr(torch, dtype))
-    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UsageError(f"cannot load a pipeline from {model!r}: {str(error).strip().splitlines()[0]}") from error
+    except ValueError:
+        raise
+    except Exception as error:  # damaged files make libraries raise anything
+        raise UsageError(f"cannot load a pipeline from {model!r}: {_first_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
     if scheduler is not None:
         pipe.scheduler = _scheduler(pipe, scheduler)
@@ -91,6 +92,11 @@ def require_loras(texts: Sequence[str]) -> list[tuple[str, float]]:
     return found
 
 
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
 def _add_loras(pipe: DiffusionPipeline, loras: Sequence[tuple[str, float]]) -> None:
     if loras and not hasattr(pipe, "load_lora_weights"):
         raise UsageError(f"{type(pipe).__name__} takes no LoRA")
@@ -102,8 +108,8 @@ def _add_loras(pipe: DiffusionPipeline, loras: Sequence[tuple[str, float]]) -> N
             pipe.load_lora_weights(
                 str(path.parent) if where else place, adapter_name=name, use_safetensors=True, **where
             )
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise UsageError(f"cannot load the LoRA {place!r}: {str(error).strip().splitlines()[0][:200]}") from error
+        except Exception as error:  # damaged files make libraries raise anything
+            raise UsageError(f"cannot load the LoRA {place!r}: {_first_line(error)}") from error
         if not any(name in adapters for adapters in pipe.get_list_adapters().values()):
             raise UsageError(f"the LoRA {place!r} fits no layer of {type(pipe).__name__}; it is of another model")
     if loras:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from rsm_guidance.core.contracts import UsageError
-from rsm_guidance.io.files import write_atomically
+from rsm_guidance.io import files
+from rsm_guidance.io.config import check_options
+from rsm_guidance.io.files import read_json, write_atomically
 from rsm_guidance.reward_models.config import DRMConfig
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -63,11 +64,11 @@ def read_config(folder: Path) -> DRMConfig:
         UsageError: if its config.json is missing, damaged or incomplete.
     """
     try:
-        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        settings = read_json(folder / CONFIG)
         missing = sorted({"backbone", "blocks", "adaptation"} - settings.keys())
         if missing:
             raise UsageError(f"it does not say the {missing[0]}")
-        return DRMConfig(**settings)
+        return DRMConfig(**check_options(DRMConfig, settings, f"its {CONFIG}"))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"{folder} is not a diffusion reward model: its {CONFIG} cannot be used: {error}") from error
 
@@ -79,10 +80,9 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         UsageError: if they are missing or damaged.
     """
     try:
-        tensors: dict[str, Tensor] = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
+        return files.read_tensors(folder / WEIGHTS)
+    except ValueError as error:
         raise UsageError(f"{folder} is not a diffusion reward model: {error}") from error
-    return tensors
 
 
 def checkpoint_folder(name: str | os.PathLike[str], **download: Any) -> Path:

@@ -33,5 +33,6 @@ class DRMConfig:
         object.__setattr__(self, "taps", tuple(self.taps))
         if self.adaptation not in ("frozen", "lora", "full"):
             raise UsageError(f"unknown adaptation {self.adaptation!r}; choose frozen, lora or full")
-        if self.lora_rank < 1 or self.head_width < 1:
-            raise UsageError(f"lora_rank and head_width must be positive; got {self.lora_rank} and {self.head_width}")
+        for name in ("blocks", "lora_rank", "head_width"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1; got {getattr(self, name)}")

@@ -287,7 +287,11 @@ class DiffusionRewardModel(
             local_files_only=local_files_only, token=token,
         )  # fmt: skip
         config, tensors = read_config(folder), read_tensors(folder)
-        drm = cls(pipe if pipe is not None else load_backbone(config.backbone), config)
+        backbone = pipe if pipe is not None else load_backbone(config.backbone)
+        try:
+            drm = cls(backbone, config)
+        except RuntimeError as error:  # of torch: sizes that no memory holds
+            raise UsageError(f"the reward model that {folder} describes cannot be built: {error}") from error
         own = drm.own_tensors()
         if own.keys() != tensors.keys() or any(own[k].shape != tensors[k].shape for k in own):
             raise UsageError(

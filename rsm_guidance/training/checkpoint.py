@@ -6,8 +6,8 @@ containers come out of them and no code runs.  `register_for_checkpointing` is n
 what it holds without that restriction.
 """
 
-import json
 import pickle
+import shutil
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -16,10 +16,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rsm_guidance.io.files import begin_folder, commit_folder, recover_folder, write_json, write_tensors
+from rsm_guidance.io.files import (
+    begin_folder,
+    commit_folder,
+    read_json,
+    read_tensors,
+    recover_folder,
+    write_json,
+    write_tensors,
+)
 
 _OBJECTIVE, _AVERAGES, _PROGRESS = "objective.safetensors", "averages.safetensors", "progress.json"
 
@@ -59,10 +66,15 @@ def save_state(folder: Path, state: TrainState) -> None:
     accelerator.wait_for_everyone()
     fresh = folder.with_name(folder.name + ".new")
     handle = accelerator.register_save_state_pre_hook(lambda models, weights, path: weights.clear())
-    accelerator.save_state(str(fresh))
-    handle.remove()
-    if accelerator.is_main_process:
-        _write_own(fresh, state)
+    try:
+        accelerator.save_state(str(fresh))
+        if accelerator.is_main_process:
+            _write_own(fresh, state)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    finally:
+        handle.remove()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         commit_folder(folder)
@@ -106,11 +118,11 @@ def _write_own(folder: Path, state: TrainState) -> None:
 
 
 def _read_own(folder: Path, state: TrainState) -> None:
-    progress = json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))
-    _copy(load_file(folder / _OBJECTIVE), _own_tensors(state.objective))
+    progress = read_json(folder / _PROGRESS)
+    _copy(read_tensors(folder / _OBJECTIVE), _own_tensors(state.objective))
     if state.ema is not None:
         averages = dict(zip(state.trained, state.ema.shadow_params, strict=True))
-        _copy(load_file(folder / _AVERAGES), averages)
+        _copy(read_tensors(folder / _AVERAGES), averages)
         state.ema.load_state_dict(progress["averages"])
     state.step, state.history = int(progress["step"]), list(progress["history"])
 

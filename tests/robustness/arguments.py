@@ -116,7 +116,7 @@ def arguments(rng: random.Random) -> list[str]:
         "train reward": {
             "--config": lambda: option(["missing.yaml", "file.txt", "bad.yaml", "folder", "/dev/zero"]),
             "--out": lambda: option(["run", "file.txt"]),
-            "--prompts": lambda: option(NUMBERS),
+            "--prompts": lambda: option([n for n in NUMBERS if n != "1000000"]),
         },
         "benchmark values": {
             "--values": lambda: option(["", ",", "tweedie,x", "x"]),
@@ -132,6 +132,8 @@ def arguments(rng: random.Random) -> list[str]:
         words.append(rng.choice(["a red star", *WORDS]))
     if command == "score":
         words += [option(["missing.png", "file.txt", "folder", "loop", "/dev/zero"]) for _ in range(rng.randrange(3))]
+    if command == "train reward":  # in seconds, where it is right
+        words += ["--config", "tiny.yaml"]
     own = kinds[command] | ({} if command in ("train reward", "score", "benchmark values") else common)
     for name in rng.sample([*own], min(len(own), rng.randrange(1, 6))):
         words += [name, own[name]()]
@@ -143,6 +145,9 @@ def furnish(folder: Path) -> None:
     (folder / "prompts.txt").write_text("a red star\n")
     (folder / "empty.txt").write_text("")
     (folder / "file.txt").write_text("x")
+    (folder / "tiny.yaml").write_text(
+        "{prompts: 2, validation_prompts: 2, steps: 1, batch_groups: 2, blocks: 1, head_width: 8, groups: {steps: 3, siblings: 2}}"
+    )
     (folder / "bad.yaml").write_text("steps: [1, {2")
     (folder / "folder").mkdir()
     (folder / "loop").symlink_to("loop")

@@ -4,6 +4,7 @@ import argparse
 import json
 import random
 import shutil
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -79,8 +80,8 @@ def subjects(made: Path) -> list[Subject]:
     tree = [*sample, "--reward", "shapes-verifier", "--sampler", "tree-search:simulations=3:tree_file=t.safetensors"]
     train = ["train", "reward", "--config", "c.yaml", "--out", "run"]
     config = (
-        "prompts: 4\nvalidation_prompts: 2\nsteps: {}\nbatch_groups: 2\nevaluate_every: 1\nblocks: 1\n"
-        "head_width: 8\ngroups: {{steps: 3, siblings: 2}}\n"
+        "{{prompts: 4, validation_prompts: 2, steps: {}, batch_groups: 2, evaluate_every: 1, blocks: 1, head_width: 8, "
+        "groups: {{steps: 3, siblings: 2}}}}\n"
     )
     pair = {"prompt": "a red star", "image_0": "a.png", "image_1": "b.png", "label": 1}
     if not made.is_dir():
@@ -115,7 +116,9 @@ def subjects(made: Path) -> list[Subject]:
 
 
 def _parts(folder: Path) -> tuple[str, ...]:
-    return tuple(f"there/{p.relative_to(folder)}" for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix != ".md")
+    return tuple(
+        f"there/{p.relative_to(folder)}" for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix != ".md"
+    )
 
 
 # --- the damage ---
@@ -145,7 +148,7 @@ def _folder(path: Path, rng: random.Random) -> None:
 def _numbers(path: Path, rng: random.Random) -> None:
     """Every number of a text is another one, or none."""
     text = path.read_bytes().decode("latin-1")
-    other = rng.choice(["-1", "0", "1e400", "NaN", "null", '"x"', "99999999999", "[]", "{}", "0.5", "true"])
+    other = rng.choice(["-1", "0", "1e400", "NaN", "null", '"x"', "[]", "{}", "0.5", "true"])
     digits = [i for i, c in enumerate(text) if c.isdigit()]
     for place in sorted(rng.sample(digits, min(len(digits), rng.choice([1, 3]))), reverse=True):
         text = text[:place] + other + text[place + 1 :]
@@ -157,7 +160,16 @@ WAYS: dict[str, Callable[[Path, random.Random], None]] = {
     "flipped": _flipped,
     "emptied": _replaced(b""),
     "of another kind": _replaced(
-        b"\x00" * 4096, b"hello\n", b"[]", b"1", b"null", b'{"a": NaN}', b"[" * 100_000, b"\xff\xfe\x00", b"{" * 9, b"\x80\x04."
+        b"\x00" * 4096,
+        b"hello\n",
+        b"[]",
+        b"1",
+        b"null",
+        b'{"a": NaN}',
+        b"[" * 100_000,
+        b"\xff\xfe\x00",
+        b"{" * 9,
+        b"\x80\x04.",
     ),
     "a folder": _folder,
     "missing": lambda path, rng: path.unlink(),
@@ -184,7 +196,7 @@ def _turned(path: Path) -> None:
 
 
 def _sixteen(path: Path) -> None:
-    Image.fromarray((np.asarray(_picture("L"), dtype=np.uint16) * 257)).save(path)
+    Image.fromarray(np.asarray(_picture("L"), dtype=np.uint16) * 257).save(path)
 
 
 ODD: dict[str, Callable[[Path, random.Random], None]] = {
@@ -243,6 +255,6 @@ if __name__ == "__main__":
         for name, end in run(parser.parse_args().count, Path(temporary)):
             ended[end.fault or f"exit {end.code}"] += 1
             if end.fault:
-                print(f"{name}: {end.fault}\n    {end.error[-300:]}")
-    print(dict(ended))
+                sys.stdout.write(f"{name}: {end.fault}\n    {end.error[-300:]}\n")
+    sys.stdout.write(f"{dict(ended)}\n")
     raise SystemExit(any(not kind.startswith("exit") for kind in ended))

@@ -59,7 +59,11 @@ def outcome(words: list[str], folder: Path) -> Outcome:
     elif not fault and code == 2:
         if left:
             fault = f"left {sorted(p.name for p in left)}"
-        elif not (sentence or (words[0] == "data" and output.getvalue())) or len(sentence) > ON_A_SCREEN or "Traceback" in said:
+        elif (
+            not (sentence or (words[0] == "data" and output.getvalue()))
+            or len(sentence) > ON_A_SCREEN
+            or "Traceback" in said
+        ):
             fault = f"a refusal of {len(sentence)} characters"
     return Outcome(code, said, fault or next((f for p in left if (f := _broken(p))), ""))
 

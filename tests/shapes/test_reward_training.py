@@ -149,7 +149,7 @@ def test_validation_captions_are_held_out_and_not_of_the_benchmark() -> None:
 def test_settings_that_cannot_train_are_refused() -> None:
     with pytest.raises(ValueError, match="steps must be at least 1"):
         replace(TINY, steps=0)
-    with pytest.raises(ValueError, match="at least 2 siblings"):
+    with pytest.raises(ValueError, match="siblings of groups must be at least 2"):
         replace(TINY, groups=GroupConfig(siblings=1))
 
 

@@ -1,5 +1,6 @@
 """Configurations of the trainings of the shapes world: plain types, so that the command line reads them without torch."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -8,6 +9,9 @@ from rsm_guidance.core.errors import UsageError
 
 if TYPE_CHECKING:
     from rsm_guidance.core.transitions import GaussianTransition
+
+
+_MOST_PROMPTS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,13 @@ class GroupConfig:
     transition: str = "cps 0.9"
     batch_size: int = 48
     autocast: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least in (("siblings", 2), ("steps", 2), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise UsageError(f"{name} of groups must be at least {least}; got {getattr(self, name)}")
+        if not math.isfinite(self.guidance_scale):
+            raise UsageError(f"guidance_scale must be a finite number; got {self.guidance_scale}")
 
     @property
     def gaussian(self) -> "GaussianTransition":
@@ -92,11 +103,18 @@ class RewardTrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "validation_prompts", "steps", "batch_groups", "evaluate_every"):
+        counts = ("prompts", "validation_prompts", "steps", "batch_groups", "evaluate_every", "blocks", "lora_rank")
+        for name in (*counts, "head_width"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if self.groups.siblings < 2:
-            raise UsageError(f"a preference needs at least 2 siblings; got {self.groups.siblings}")
+        for name in ("lr", "weight_decay", "sibling_weight", "object_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UsageError(f"{name} must be a finite number of at least 0; got {getattr(self, name)}")
+        for name in ("prompts", "validation_prompts"):
+            if getattr(self, name) > _MOST_PROMPTS:
+                raise UsageError(
+                    f"{name} are held in memory and must be at most {_MOST_PROMPTS}; got {getattr(self, name)}"
+                )
 
 
 @dataclass(frozen=True)

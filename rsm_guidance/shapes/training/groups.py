@@ -6,7 +6,6 @@ finished samples are the re-noised pairs of the DRM paper, and its noisy childre
 *sibling* pairs, the very comparison that step-wise sampling makes.  (Sibling pairs are ours.)
 """
 
-import json
 import random
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields
@@ -16,13 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.engine import PipelineDenoiser
-from rsm_guidance.io.files import write_json, write_tensors
+from rsm_guidance.io.files import read_json, read_tensors, write_json, write_tensors
 from rsm_guidance.io.fingerprint import fingerprint
 from rsm_guidance.rollouts.collect import collect, initial_generators
 from rsm_guidance.shapes.reward import to_uint8
@@ -136,7 +134,7 @@ def generate_groups(
             level = branch_level(random.Random(f"{seed}|{start}"), config.steps)
             with torch.autocast(pipe.device.type, torch.bfloat16, enabled=config.autocast):
                 write_tensors(path, sample_groups(pipe, batch, config, level, seed).tensors())
-        parts.append(BranchGroups([c.text for c in batch], **load_file(path)))
+        parts.append(BranchGroups([c.text for c in batch], **read_tensors(path)))
     return join(parts)
 
 
@@ -144,7 +142,7 @@ def _require_settings(path: Path, settings: dict[str, Any]) -> None:
     """Write the settings of a data folder, or require those that are written there."""
     if not path.exists():
         write_json(path, settings)
-    elif json.loads(path.read_text(encoding="utf-8")) != settings:
+    elif read_json(path) != settings:
         raise ValueError(f"{path.parent} holds samples made with other settings; name another data folder or delete it")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from rsm_guidance.core.errors import UsageError
 from rsm_guidance.core.random import generator_of
 from rsm_guidance.io.files import write_json
 from rsm_guidance.reward_models import DiffusionRewardModel, load_backbone
@@ -47,7 +48,9 @@ def train_reward(config: RewardTrainConfig) -> dict[str, Any]:
     _ = config.groups.gaussian  # refuses what children cannot be drawn from, before anything is loaded
     pipe = load_backbone(config.pipeline)
     pipe.set_progress_bar_config(disable=True)
-    data = reward_data(pipe, config)
+    captions = validation_captions(config.validation_prompts)
+    untrained(pipe, config)  # refuses what does not suit the denoiser, before anything is written
+    data = reward_data(pipe, config, captions)
     objective = build_objective(pipe, data, config)
     trunk_lr = config.lr * (_TUNED_TRUNK if config.adaptation == "full" else 1.0)
     modules = [(objective.drm.head, config.lr), (objective.drm.trunk, trunk_lr)]
@@ -71,23 +74,26 @@ def train_reward(config: RewardTrainConfig) -> dict[str, Any]:
     return report
 
 
-def reward_data(pipe: DiffusionPipeline, config: RewardTrainConfig) -> RewardData:
-    """Generate, or read, what the configuration asks for."""
+def reward_data(pipe: DiffusionPipeline, config: RewardTrainConfig, held_out: list[Caption]) -> RewardData:
+    """Generate, or read, what the configuration asks for; validated on samples of held-out captions."""
     captions = caption_set(config.prompts, config.seed, held_out=False)
     folder = Path(config.data or Path(config.out) / "data")
     train = generate_groups(pipe, captions, config.groups, folder / "train", config.seed, "training samples")
     # small batches, so that siblings lie at many levels
     small = replace(config.groups, batch_size=min(12, config.groups.batch_size))
-    held_out = validation_captions(config.validation_prompts)
     samples = generate_groups(pipe, held_out, small, folder / "validation", config.seed, "validation samples")
     renders = render_hard_negatives(pipe, captions, config.seed)
     return RewardData(train, samples.every_other(0), samples.every_other(1), renders)
 
 
-def build_objective(pipe: DiffusionPipeline, data: RewardData, config: RewardTrainConfig) -> Preferences:
-    """An untrained reward model and its objective; what the scores do not depend on is frozen."""
+def untrained(pipe: DiffusionPipeline, config: RewardTrainConfig) -> DiffusionRewardModel:
+    """The reward model that a run begins with.
+
+    Raises:
+        UsageError: if the configuration does not suit the denoiser.
+    """
     torch.manual_seed(config.seed)
-    drm = DiffusionRewardModel.from_pipeline(
+    return DiffusionRewardModel.from_pipeline(
         pipe,
         blocks=config.blocks,
         adaptation=config.adaptation,
@@ -95,6 +101,11 @@ def build_objective(pipe: DiffusionPipeline, data: RewardData, config: RewardTra
         head_width=config.head_width,
         backbone=config.pipeline,
     )
+
+
+def build_objective(pipe: DiffusionPipeline, data: RewardData, config: RewardTrainConfig) -> Preferences:
+    """An untrained reward model and its objective; what the scores do not depend on is frozen."""
+    drm = untrained(pipe, config)
     with torch.no_grad():  # text features are kept, and round as their batch does: a resumed run is to find the same
         drm.score(data.train.finals[:, 0].float(), 0.0, data.train.prompts)
     object_weight = 0.0 if config.adaptation == "frozen" else config.object_weight
@@ -120,7 +131,11 @@ def validation_captions(count: int) -> list[Caption]:
     evaluation = {c.spec.canonical() for c in caption_set(512, 0)}
     rng = random.Random("validation")
     chosen: dict[str, Caption] = {}
+    draws = 0
     while len(chosen) < count:
+        draws += 1
+        if draws > 1000 * (len(chosen) + 1):  # all that there are have come up many times
+            raise UsageError(f"there are {len(chosen)} captions to validate with; got validation_prompts={count}")
         caption = random_caption(rng.choice(categories), rng, held_out=True)
         if caption.spec.canonical() not in evaluation:
             chosen.setdefault(caption.text, caption)

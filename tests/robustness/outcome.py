@@ -65,7 +65,7 @@ def outcome(words: list[str], folder: Path) -> Outcome:
             or "Traceback" in said
         ):
             fault = f"a refusal of {len(sentence)} characters"
-    return Outcome(code, said, fault or next((f for p in left if (f := _broken(p))), ""))
+    return Outcome(code, said, fault or next((f for p in left if (f := broken(p))), ""))
 
 
 @contextlib.contextmanager
@@ -87,7 +87,7 @@ def _strict(constant: str) -> None:
     raise ValueError(constant)
 
 
-def _broken(path: Path) -> str:
+def broken(path: Path) -> str:
     """What is wrong with a file that a command has written."""
     if ".partial" in path.name or path.name.endswith(".new"):
         return f"half-written {path.name}"

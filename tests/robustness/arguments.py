@@ -1,7 +1,19 @@
-"""Random command lines of the kinds that once gave tracebacks, hangs, files left behind or pages of refusal."""
+"""Random command lines of the kinds that once gave tracebacks, hangs, files left behind or pages of refusal.
 
+`python -m tests.robustness.arguments --lists 2000` tries many.
+"""
+
+import argparse
+import os
 import random
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from tests.robustness.outcome import Outcome, outcome
 
 WORDS = [
     "",
@@ -151,3 +163,29 @@ def furnish(folder: Path) -> None:
     (folder / "bad.yaml").write_text("steps: [1, {2")
     (folder / "folder").mkdir()
     (folder / "loop").symlink_to("loop")
+    os.mkfifo(folder / "fifo")
+
+
+def run(numbers: Iterable[int], folder: Path) -> Iterator[tuple[list[str], Outcome]]:
+    """The command lines of these numbers, and how each ended."""
+    for number in numbers:
+        there = folder / str(number)
+        there.mkdir()
+        furnish(there)
+        words = arguments(random.Random(number))
+        yield words, outcome(words, there)
+        shutil.rmtree(there)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--lists", type=int, default=2000)
+    ended: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as temporary:
+        for words, end in run(range(parser.parse_args().lists), Path(temporary)):
+            ended[end.fault.partition(":")[0] or f"exit {end.code}"] += 1
+            if end.fault:
+                sys.stdout.write(f"{str(words)[:300]}: {end.fault}\n    {end.error[-300:]}\n")
+                sys.stdout.flush()
+    sys.stdout.write(f"{dict(ended)}\n")
+    raise SystemExit(any(not kind.startswith("exit") for kind in ended))

@@ -22,7 +22,7 @@ from typing import Any
 from tests.robustness.outcome import broken
 
 TINY = (
-    "{prompts: 8, validation_prompts: 4, steps: 30, batch_groups: 2, evaluate_every: 5, blocks: 1, head_width: 8, "
+    "{prompts: 8, validation_prompts: 4, steps: 20, batch_groups: 2, evaluate_every: 5, blocks: 1, head_width: 8, "
     "groups: {steps: 3, siblings: 2, autocast: false, batch_size: 2}}"
 )
 
@@ -78,12 +78,18 @@ def finish(process: "subprocess.Popen[str]") -> str:
     return error
 
 
-def killed(name: str, moments: int, folder: Path, seed: int = 0) -> Iterator[tuple[float, str]]:
+def whole(name: str, folder: Path) -> tuple[float, Any]:
+    """How many seconds a job takes undisturbed, and what it makes."""
+    began = time.monotonic()
+    finish(start(JOBS[name], folder))
+    return time.monotonic() - began, JOBS[name].made(folder)
+
+
+def killed(
+    name: str, moments: int, folder: Path, undisturbed: tuple[float, Any], seed: int = 0
+) -> Iterator[tuple[float, str]]:
     """For each moment, seconds into the run, what was lost or broken; "" if nothing was."""
-    job, began = JOBS[name], time.monotonic()
-    folder.mkdir(parents=True, exist_ok=True)
-    finish(start(job, folder / "whole"))
-    seconds, expected = time.monotonic() - began, job.made(folder / "whole")
+    job, (seconds, expected) = JOBS[name], undisturbed
     rng = random.Random(f"{name}|{seed}")
     for number in range(moments):
         there, moment = folder / str(number), rng.uniform(0.15, 1.0) * seconds
@@ -108,7 +114,10 @@ if __name__ == "__main__":
     count, failed = parser.parse_args().moments, 0
     with tempfile.TemporaryDirectory() as temporary:
         for index, name in enumerate(JOBS):
-            for moment, wrong in killed(name, len(range(index, count, len(JOBS))), Path(temporary) / name):
+            folder = Path(temporary) / name
+            folder.mkdir()
+            number = len(range(index, count, len(JOBS)))
+            for moment, wrong in killed(name, number, folder, whole(name, folder / "whole")):
                 failed += bool(wrong)
                 sys.stdout.write(f"{name} killed after {moment:.2f} s: {wrong or 'nothing lost'}\n")
                 sys.stdout.flush()

@@ -164,6 +164,10 @@ class Sample:
             raise UsageError("--out, --trace and --plot must name different files, or one overwrites another")
         if self.plot is not None and self.plot.suffix.lower() not in (".png", ".svg"):
             raise UsageError(f"cannot draw into {self.plot}: name a .png or .svg file")
+        if self.trace is not None and self.trace.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".svg"):
+            raise UsageError(
+                f"--trace writes JSON, and {self.trace} ends as an image does; name a .json file, or use --plot"
+            )
         for path in (self.trace, self.plot):
             if path is not None:
                 require_writable(path)

@@ -1,5 +1,6 @@
 """Rewards: objects or plain functions `(images [B, 3, H, W] in [0, 1], prompts, **columns) -> scores [B]`, higher is better."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -96,6 +97,14 @@ def as_reward(reward: Any) -> Reward:
         found: Reward = reward
         return found
     if callable(reward):
+        try:
+            inspect.signature(reward).bind([], [], **dict.fromkeys(getattr(reward, "requires", ())))
+        except TypeError as error:
+            raise UsageError(
+                f"{name_of(reward)} cannot be called with (images, prompts), as a reward is: {error}"
+            ) from error
+        except ValueError:  # a builtin that tells nothing of its arguments
+            pass
         return FunctionReward(reward)
     raise UsageError(
         f"a reward is a name, a function (images, prompts) -> scores or a model; got {type(reward).__name__}"

@@ -197,7 +197,7 @@ def test_config_file_is_overridden_by_options(tmp_path: Path, capsys: pytest.Cap
         ("stepz: 3\n", "has no option 'stepz'; it takes adaptation, batch_groups"),
         ("groups:\n  siblingz: 3\n", "has no option 'groups.siblingz'; it takes autocast, batch_size"),
         ("groups:\n  siblings: many\n", "cannot take groups.siblings='many': it must be a whole number"),
-        ("groups:\n  siblings: 1\n", "at least 2 siblings; got 1"),
+        ("groups:\n  siblings: 1\n", "siblings of groups must be at least 2; got 1"),
         ("adaptation: half\n", "must be one of 'frozen', 'lora', 'full'"),
     ):
         config.write_text(text)

@@ -76,6 +76,17 @@ class Comparison:
     chunk: int = 64
     autocast: bool = False
 
+    def __post_init__(self) -> None:
+        beyond = next((b for b in self.budgets if b > _LARGEST_BUDGET), None)
+        if beyond is not None:
+            raise UsageError(
+                f"samplers take as many candidates as a budget pays for, and {beyond:g} evaluations per image are more than can "
+                f"be made; give at most {_LARGEST_BUDGET:g}"
+            )
+
+
+_LARGEST_BUDGET = 1e6
+
 
 @dataclass(frozen=True)
 class _Run:

@@ -18,7 +18,7 @@ from PIL import Image
 from rsm_guidance.cli.main import main
 
 ON_A_SCREEN = 1600
-SECONDS = 20
+SECONDS = 60
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,8 @@ def _deep(call: Callable[[], Any]) -> Any:
     torch's errors walk 64 frames of C up the stack.  Below the beginning of a greenlet lie those of whoever runs meanwhile,
     through which such a walk would end the process.
     """
-    return operator.call(*[operator.call] * _FRAMES, call)
+    deeper: Any = operator.call
+    return deeper(*[deeper] * _FRAMES, call)
 
 
 _FRAMES = 40

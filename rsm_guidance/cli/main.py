@@ -19,6 +19,7 @@ COMMANDS = {
     "rewards": "rsm_guidance.cli.rewards:Rewards",
     "data check": "rsm_guidance.cli.data:DataCheck",
     "train reward": "rsm_guidance.cli.train:TrainReward",
+    "train shapes-reward": "rsm_guidance.cli.train:TrainShapesReward",
     "train base": "rsm_guidance.cli.train:TrainBase",
     "benchmark engine": "rsm_guidance.cli.benchmark:BenchmarkEngine",
     "benchmark values": "rsm_guidance.cli.benchmark:BenchmarkValues",

@@ -156,6 +156,11 @@ class DiffusionRewardModel(
         return self.scorer.head
 
     @property
+    def conditioning(self) -> Conditioning:
+        """What the denoiser is given for prompts."""
+        return self._conditioning
+
+    @property
     def image_size(self) -> int:
         """Side of the square images, in pixels, that the backbone was made for."""
         latent = getattr(self.pipe, "default_sample_size", None) or denoiser_of(self.pipe).config.get("sample_size")
@@ -207,8 +212,8 @@ class DiffusionRewardModel(
         times = torch.as_tensor(timestep, dtype=torch.float32).expand(len(latents))
 
         def scored(piece: slice) -> Tensor:
-            scores: Tensor = self.scorer(*self.inputs(latents[piece], times[piece], prompts[piece], grid))
-            return scores
+            outputs: Tensor = self.scorer(*self.inputs(latents[piece], times[piece], prompts[piece], grid))
+            return (outputs - self.drm_config.score_mean) / self.drm_config.score_deviation
 
         with cast_weights_kept([self.trunk]):
             return torch.cat(self._scoring(scored, len(latents)))

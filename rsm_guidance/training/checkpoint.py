@@ -102,7 +102,9 @@ def save_state(folder: Path, state: TrainState, keep: int = 1, settings: Mapping
         _write_own(fresh, state)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        sizes = {path.relative_to(fresh).as_posix(): _on_disk(path) for path in sorted(fresh.rglob("*")) if path.is_file()}
+        sizes = {
+            path.relative_to(fresh).as_posix(): _on_disk(path) for path in sorted(fresh.rglob("*")) if path.is_file()
+        }
         write_json(fresh / _MANIFEST, {"step": state.step, "settings": dict(settings or {}), "files": sizes})
         _on_disk(fresh / _MANIFEST)
         commit_folder(place)

@@ -55,6 +55,8 @@ class LoopConfig:
         precision: of computing, mixed as accelerate does it.
         keep: saved states that are kept.
         settings: of the objective and its data; a state that was saved under others is not gone on with.
+        report_to: trackers of accelerate, by name, that are told what `log` is told.
+        project: name of the run for them.
     """
 
     name: str
@@ -69,6 +71,8 @@ class LoopConfig:
     precision: Literal["no", "bf16", "fp16"] = "no"
     keep: int = 1
     settings: Mapping[str, Any] = field(default_factory=dict)
+    report_to: tuple[str, ...] = ()
+    project: str = "rsm-guidance"
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.save_every < 1:
@@ -115,7 +119,7 @@ def fit(
         FloatingPointError: if a loss or gradient is not finite; that step is not taken.
         ValueError: if `folder` holds the state of something else.
     """
-    accelerator = _accelerator(config.precision)
+    accelerator = _accelerator(config, folder)
     model, optimizer, scheduler = accelerator.prepare(objective, optimizer, scheduler)
     trained = [p for p in objective.parameters() if p.requires_grad]
     ema = None if config.ema_decay is None else EMAModel(trained, config.ema_decay, foreach=True)
@@ -136,12 +140,10 @@ def fit(
                 ema.step(trained)
             state.step += 1
             bar.set_postfix({name: f"{value:.3g}" for name, value in parts.items()}, refresh=False)
-            if log is not None and accelerator.is_main_process:
-                log(state.step, {**parts, "lr": scheduler.get_last_lr()[0]})
+            _tell(accelerator, log, state.step, {**parts, "lr": scheduler.get_last_lr()[0]})
             if evaluate is not None and config.evaluates_after(state.step):
-                _evaluate(state, trained, evaluate, parts)
-                if log is not None and accelerator.is_main_process:
-                    log(state.step, {f"held_out/{name}": value for name, value in state.history[-1].items()})
+                metrics = _evaluate(state, trained, evaluate, parts)
+                _tell(accelerator, log, state.step, {f"evaluation/{name}": value for name, value in metrics.items()})
             if interrupted():
                 accelerator.set_trigger()
             stop = accelerator.check_trigger()  # in any process
@@ -151,17 +153,31 @@ def fit(
                 raise KeyboardInterrupt
     if ema is not None:
         ema.copy_to(trained)
+    for tracker in accelerator.trackers:
+        tracker.finish()
     return state.history
 
 
-def _accelerator(precision: str) -> Accelerator:
+def _accelerator(config: LoopConfig, folder: Path) -> Accelerator:
     AcceleratorState._reset_state()  # the precision belongs to a run, not to the process; devices and ranks stay
-    # One step is one step, with any number of processes.
-    return Accelerator(
-        mixed_precision=precision,
-        step_scheduler_with_optimizer=False,
+    accelerator = Accelerator(
+        mixed_precision=config.precision,
+        step_scheduler_with_optimizer=False,  # one step is one step, with any number of processes
+        log_with=list(config.report_to) or None,
+        project_dir=folder if config.report_to else None,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    if config.report_to:
+        plain = {n: v if isinstance(v, int | float | str) else str(v) for n, v in config.settings.items()}
+        accelerator.init_trackers(config.project, plain)
+    return accelerator
+
+
+def _tell(accelerator: Accelerator, log: Log | None, step: int, numbers: Metrics) -> None:
+    if log is not None and accelerator.is_main_process:
+        log(step, numbers)
+    if accelerator.trackers:
+        accelerator.log(numbers, step=step)
 
 
 def _progress(state: TrainState, batches: Batches, config: LoopConfig) -> tqdm:
@@ -253,7 +269,7 @@ def seeded(generator: torch.Generator, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _evaluate(state: TrainState, trained: list[nn.Parameter], evaluate: Evaluate, parts: Metrics) -> None:
+def _evaluate(state: TrainState, trained: list[nn.Parameter], evaluate: Evaluate, parts: Metrics) -> Metrics:
     state.accelerator.wait_for_everyone()
     with averaged(state.ema, trained):
         state.objective.eval()
@@ -263,6 +279,7 @@ def _evaluate(state: TrainState, trained: list[nn.Parameter], evaluate: Evaluate
             state.objective.train()
     state.history.append({"step": state.step, **metrics, **parts})
     state.accelerator.wait_for_everyone()
+    return metrics
 
 
 @contextmanager

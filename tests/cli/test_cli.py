@@ -205,7 +205,7 @@ def test_config_file_is_overridden_by_options(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_the_committed_configuration_is_one() -> None:
-    config = Path(__file__).parents[2] / "configs" / "shapes_drm.yaml"
+    config = Path(__file__).parents[2] / "configs" / "shapes_packaged_drm.yaml"
     assert parse(["train", "reward", "--config", str(config), "--out", "x"]).settings.out == Path("x")
 
 

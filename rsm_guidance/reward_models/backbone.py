@@ -20,7 +20,7 @@ def load_backbone(
     location = model_location(name)
     if packaged_model(name) is not None:
         _import_components(location)
-    pipe = DiffusionPipeline.from_pretrained(location, torch_dtype=dtype)
+    pipe = DiffusionPipeline.from_pretrained(location, dtype=dtype)
     return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 

@@ -22,7 +22,7 @@ from rsm_guidance.reward_models import DiffusionRewardModel
 from rsm_guidance.reward_models.blocks import Grid
 from rsm_guidance.training.reward_model.config import DataConfig, RewardConfig
 
-_PROBES = ("a", "one small red square to the left of two large blue circles, and a green star far above all of them")
+_PROBES = ("a", "one red square and two blue circles")
 _OWN = ("first", "second", "source_latents", "prompt", "probability", "weight", "index", "bucket")
 _PIXELS_PER_TOKEN = 2  # latents along the side of a packed token
 

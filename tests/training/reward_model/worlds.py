@@ -8,24 +8,32 @@ import numpy as np
 import torch
 from PIL import Image
 
-from rsm_guidance.training.reward_model.config import RewardConfig
+from rsm_guidance.engine.encode import encode_images
+from rsm_guidance.training.reward_model.config import DataConfig, ModelConfig, OptimizerConfig, RewardConfig
 from tests.zoo import ZOO
 
 COLOURS = ("red", "green", "blue", "grey", "white", "black")
 
 
 def save_pipeline(name: str, folder: Path) -> Path:
-    """A tiny pipeline of a family, as a user has it on disk."""
+    """A tiny pipeline of a family, as a user has it on disk, with latents of the usual size."""
     pipe = ZOO[name].build()
+    with torch.no_grad():
+        size = encode_images(pipe, torch.stack([to_tensor(picture(i / 7, i)) for i in range(8)])).std()
+    pipe.vae.register_to_config(scaling_factor=float(pipe.vae.config.scaling_factor / size))
     pipe.save_pretrained(folder)
     return folder
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
 def picture(redness: float, seed: int, size: int = 32) -> Image.Image:
     """Noise over a colour whose red says how good it is."""
     random = np.random.default_rng(seed)
     base = np.array([redness, 1 - redness, 0.4]) * 220
-    pixels = base + random.normal(0, 12, (size, size, 3))
+    pixels = base + random.normal(0, 2, (size, size, 3))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
@@ -51,8 +59,6 @@ def write_choices(folder: Path, count: int = 24, size: int = 32, ties: int = 0) 
 
 def tiny(pipeline: Path, data: Path, out: Path, **settings: Any) -> RewardConfig:
     """A run of seconds."""
-    from rsm_guidance.training.reward_model.config import DataConfig, ModelConfig, OptimizerConfig
-
     base: dict[str, Any] = {
         "out": out,
         "pipeline": str(pipeline),

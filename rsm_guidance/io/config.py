@@ -66,7 +66,9 @@ def _require_known(cls: type[Any], data: Mapping[str, Any], subject: str) -> Non
         if level and level not in known:
             continue  # its parent has been named, or is no mapping
         leaf = path.rpartition(".")[2]
-        meant = [other for other in known if other.rpartition(".")[2] == leaf] or difflib.get_close_matches(path, known, 1, 0.75)
+        meant = [other for other in known if other.rpartition(".")[2] == leaf] or difflib.get_close_matches(
+            path, known, 1, 0.75
+        )
         if not meant:
             similar = difflib.get_close_matches(leaf, [other.rpartition(".")[2] for other in known], 1, 0.75)
             meant = [other for other in known if other.rpartition(".")[2] in similar]

@@ -110,6 +110,9 @@ def save_state(folder: Path, state: TrainState, keep: int = 1, settings: Mapping
         commit_folder(place)
         for old in checkpoints(folder)[keep:]:
             _delete(old)
+        for path in folder.iterdir():  # left by a process that was killed
+            if _NAME.fullmatch(path.stem) and path.suffix in (".old", ".new"):
+                shutil.rmtree(path, ignore_errors=True)
     accelerator.wait_for_everyone()
     return place
 
@@ -169,8 +172,11 @@ def _on_disk(path: Path) -> int:
 
 
 def _delete(folder: Path) -> None:
-    (folder / _MANIFEST).unlink(missing_ok=True)  # first, so that what is half deleted is not taken for a state
-    shutil.rmtree(folder, ignore_errors=True)
+    """Delete a state; its name goes first, so that what is half deleted is not taken for one."""
+    gone = folder.with_name(folder.name + ".old")
+    shutil.rmtree(gone, ignore_errors=True)
+    os.replace(folder, gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def _write_own(folder: Path, state: TrainState) -> None:

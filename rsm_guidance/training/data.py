@@ -1,11 +1,13 @@
 """Batches of a data set, epoch by epoch, from any step on."""
 
 import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from accelerate import PartialState, skip_first_batches
 from accelerate.data_loader import prepare_data_loader
 from torch import Tensor
@@ -13,6 +15,12 @@ from torch.utils.data import DataLoader
 
 from rsm_guidance.core.random import generator_of
 from rsm_guidance.data.order import epoch_batches
+
+
+def process_state() -> PartialState:
+    """This process among those that train together, whether or not it has an accelerator."""
+    asked: str = os.environ.get("ACCELERATE_USE_CPU", "").lower()
+    return PartialState(cpu=asked in ("1", "true", "yes") or not torch.accelerator.is_available())
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ class Batches:
         return len(self._loader(0))
 
     def _loader(self, epoch: int) -> DataLoader[Any]:
-        state = PartialState()
+        state = process_state()
         collate = None if self.collate is None else partial(_collated, collate=self.collate, epoch=epoch)
         if self.groups is not None:
             share = state.num_processes, state.process_index

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from rsm_guidance.core.random import generator_of
 from rsm_guidance.training.checkpoint import TrainState, latest, load_state, save_state
-from rsm_guidance.training.data import Batches, parts_of
+from rsm_guidance.training.data import Batches, parts_of, process_state
 
 Metrics = dict[str, float]
 Evaluate = Callable[[list[Metrics]], Metrics]
@@ -159,6 +159,7 @@ def fit(
 
 
 def _accelerator(config: LoopConfig, folder: Path) -> Accelerator:
+    process_state()
     AcceleratorState._reset_state()  # the precision belongs to a run, not to the process; devices and ranks stay
     accelerator = Accelerator(
         mixed_precision=config.precision,

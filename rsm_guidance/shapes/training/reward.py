@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
 from rsm_guidance.core.random import generator_of
@@ -23,6 +22,7 @@ from rsm_guidance.shapes.training.objective import Preferences
 from rsm_guidance.shapes.training.report import report_accuracy, validation_accuracy
 from rsm_guidance.training import Batches, LoopConfig, adamw, cosine, fit
 from rsm_guidance.training.loop import Metrics
+from rsm_guidance.training.data import process_state
 from rsm_guidance.training.optim import freeze_unreached
 
 _TUNED_TRUNK = 0.33  # learning rate of a tuned trunk, as a share of the head's
@@ -107,7 +107,7 @@ def build_objective(pipe: DiffusionPipeline, data: RewardData, config: ShapesRew
 def keep_best(drm: DiffusionRewardModel, groups: BranchGroups, past: list[Metrics], folder: Path) -> Metrics:
     """Accuracies on validation groups; saves the model if their mean is above those of the past."""
     accuracy = validation_accuracy(drm, groups)
-    if accuracy["mean"] > max((entry["mean"] for entry in past), default=-1.0) and PartialState().is_main_process:
+    if accuracy["mean"] > max((entry["mean"] for entry in past), default=-1.0) and process_state().is_main_process:
         drm.save_pretrained(folder)
     return accuracy
 

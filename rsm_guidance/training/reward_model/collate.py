@@ -158,7 +158,7 @@ def buckets_of(drm: DiffusionRewardModel, data: DataConfig) -> Buckets:
     buckets = Buckets(side, step, data.max_ratio)
     try:
         for size in buckets.sizes:
-            _latents_of(drm, size)
+            drm.inputs(_latents_of(drm, size), 0.0, ["a"], _grid(drm, size))
     except (RuntimeError, ValueError) as error:
         raise UsageError(
             f"images of {size[0]} x {size[1]} pixels do not suit {type(drm.pipe).__name__}; set data.side and data.step to "

@@ -30,7 +30,7 @@ from rsm_guidance.io.files import write_json, write_text
 from rsm_guidance.reward_models import DiffusionRewardModel, load_backbone
 from rsm_guidance.reward_models.checkpoint import CONFIG, WEIGHTS, checkpoint_folder, read_config, read_tensors
 from rsm_guidance.training.checkpoint import checkpoints
-from rsm_guidance.training.data import Batches
+from rsm_guidance.training.data import Batches, process_state
 from rsm_guidance.training.loop import LoopConfig, Metrics, fit, seeded
 from rsm_guidance.training.optim import adamw, freeze_unreached
 from rsm_guidance.training.reward_model.card import card_of
@@ -55,7 +55,7 @@ def train_reward(config: RewardConfig) -> dict[str, Any]:
     Raises:
         UsageError: for settings, data and folders that do not work, where possible before anything is loaded.
     """
-    state = PartialState()
+    state = process_state()
     resume = require_run(config, state.num_processes)
     pipe = load_backbone(config.pipeline, state.device, getattr(torch, config.dtype))
     pipe.set_progress_bar_config(disable=True)
@@ -191,7 +191,8 @@ def build_objective(drm: DiffusionRewardModel, data: PreparedData, config: Rewar
 
 def _schedule(optimizer: torch.optim.Optimizer, config: RewardConfig, steps: int) -> LRScheduler:
     name = "constant_with_warmup" if config.optimizer.schedule == "constant" else config.optimizer.schedule
-    found: LRScheduler = get_scheduler(name, optimizer, config.optimizer.warmup, steps)
+    warmup = config.optimizer.warmup
+    found: LRScheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
     return found
 
 
@@ -382,7 +383,7 @@ def _tell_long_prompts(pipe: DiffusionPipeline, data: PreferenceData) -> None:
     """Say once how many prompts are cut off."""
     named = [part for name, part in pipe.components.items() if name.startswith("tokenizer") and part is not None]
     known = [t for t in named if 0 < getattr(t, "model_max_length", 0) < 100_000]
-    if not known or not PartialState().is_main_process:
+    if not known or not process_state().is_main_process:
         return
     tokenizer = max(known, key=lambda t: t.model_max_length)
     places = {e.prompt: e.place for e in reversed(data.entries)}

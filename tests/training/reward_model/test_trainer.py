@@ -93,8 +93,9 @@ def test_the_averages_are_what_is_saved_and_never_what_is_trained(sd3: Path, cho
     for step in range(1, 5):
         live = load_file(config.out / f"checkpoint-00000{step}/objective.safetensors")
         averages = load_file(config.out / f"checkpoint-00000{step}/averages.safetensors")
-        assert live.keys() == averages.keys()
-        assert all(torch.equal(live[n], averages[n]) for n in live) == (step == 0)
+        assert averages.keys() == live.keys() - {"drm.scorer.trunk.denoiser.pos_embed.pos_embed"}
+        apart = sum(not torch.equal(live[name], averages[name]) for name in averages)
+        assert apart > len(averages) / 2 or step == 1
     rare = replace(config, out=tmp_path / "b", save_every=4, evaluate_every=4, keep=1)
     train_reward(rare)
     often = [{k: v for k, v in entry.items() if not k.startswith("eval")} for entry in log(config.out)]
@@ -124,7 +125,9 @@ def test_a_state_of_other_settings_or_data_is_not_gone_on_with(sd3: Path, choice
     with pytest.raises(ValueError, match=r"saved with optimizer.lr=0.003, and now it is 0.001"):
         train_reward(replace(config, optimizer=replace(config.optimizer, lr=1e-3)))
     with pytest.raises(ValueError, match="saved with training pairs="):
-        train_reward(replace(config, data=replace(config.data, held_out_fraction=0.5)))
+        fewer = choices.with_name("fewer.csv")
+        fewer.write_text("\n".join(choices.read_text().splitlines()[:-4]))
+        train_reward(replace(config, data=replace(config.data, path=str(fewer))))
     with pytest.raises(UsageError, match="holds the run of checkpoint-000002"):
         train_reward(replace(config, resume="never"))
     assert train_reward(replace(config, steps=4))["history"][-1]["step"] == 4, "more steps go on"
@@ -139,13 +142,12 @@ def test_embeddings_from_the_disk_are_those_of_the_text_encoders(
         plain, other = objective_of(replace(config, data=replace(config.data, embeddings=False)))
         assert data.embeddings is not None and other.embeddings is None
         a, b = (
-            score_pairs(objective, part.train, (0.05, 0.7), 4)
-            for objective, part in ((kept, data), (plain, other))
+            score_pairs(objective, part.train, (0.05, 0.7), 4) for objective, part in ((kept, data), (plain, other))
         )
         for level in a:
             assert torch.allclose(*(torch.tensor(s[level].scores) for s in (a, b)), rtol=0, atol=1e-6)
         batch = {**collate([data.train[0]], 0), "level": 100}
-        swapped = {**batch, "prompt": ["other"], "embeddings": [data.train[len(data.train) - 1]]}
+        swapped = {**batch, "prompt": ["other"], "embeddings": collate([data.train[-1]], 0)["embeddings"]}
         assert not torch.equal(kept(batch)["scores"], kept(swapped)["scores"]), "prompts matter"
 
 
@@ -170,7 +172,10 @@ def test_gradient_checkpointing_changes_no_gradient(sd3: Path, choices: Path, tm
     one, other = gradients(plain, batch), gradients(again.train(), batch)
     assert one.keys() == other.keys() and sum("lora" in name for name in one) > 4
     for name in one:
-        assert torch.allclose(one[name], other[name], rtol=1e-4, atol=1e-7) and bool(one[name].abs().max() > 0), name
+        assert torch.allclose(one[name], other[name], rtol=1e-4, atol=1e-7), name
+        # the last block's text queries, whose attention is thrown away, and what moves both scores alike
+        idle = "blocks.1.attn.add_q_proj" in name or name.endswith("score_mlp.2.bias")
+        assert bool(one[name].abs().max() > 0) != idle, name
 
 
 def test_micro_batches_give_the_update_of_the_whole_batch(sd3: Path, choices: Path, tmp_path: Path) -> None:
@@ -185,7 +190,7 @@ def test_micro_batches_give_the_update_of_the_whole_batch(sd3: Path, choices: Pa
         runs.append(log(config.out))
     for other in runs[1:]:
         for a, b in zip(runs[0], other, strict=True):
-            assert a.get("loss") == pytest.approx(b.get("loss"), rel=1e-4, abs=1e-6)
+            assert "loss" not in a or a["loss"] == pytest.approx(b["loss"], rel=1e-4, abs=1e-6)
 
 
 def test_a_step_of_ties_alone_that_do_not_count_changes_nothing(sd3: Path, tmp_path: Path) -> None:
@@ -330,10 +335,13 @@ def test_kill_9_at_random_moments_of_saving_loses_nothing(sd3: Path, choices: Pa
         assert int(newest.name[-6:]) > reached, "it went on from where it was"
         reached = int(newest.name[-6:])
         assert json.loads((newest / "progress.json").read_text())["step"] == reached
+    kept = {path.name for path in (tmp_path / "out").iterdir() if path.name.startswith("checkpoint")}
+    assert len(kept) <= 4, kept  # two states, one that was being written and one that was being deleted
     whole = tiny(sd3, choices, tmp_path / "whole", steps=reached, save_every=reached, evaluate_every=400)
     train_reward(whole)
     one, other = (
-        load_file(folder / f"checkpoint-{reached:06d}/objective.safetensors") for folder in (tmp_path / "out", whole.out)
+        load_file(folder / f"checkpoint-{reached:06d}/objective.safetensors")
+        for folder in (tmp_path / "out", whole.out)
     )
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -373,19 +381,21 @@ def test_two_processes_equal_one_and_resume_in_step(sd3: Path, choices: Path, tm
 
 
 @pytest.mark.parametrize("precision", ["bf16", "no"])
-def test_mixed_precision_trains_float32_weights(
-    precision: Any, sd3: Path, choices: Path, tmp_path: Path
-) -> None:
+def test_mixed_precision_trains_float32_weights(precision: Any, sd3: Path, choices: Path, tmp_path: Path) -> None:
     config = tiny(sd3, choices, tmp_path / precision, steps=2, precision=precision, dtype="bfloat16")
     report = train_reward(config)
     kept = load_file(config.out / "checkpoint-000002/objective.safetensors")
-    assert {t.dtype for t in kept.values()} == {torch.float32}
+    assert {t.dtype for n, t in kept.items() if "buffer" not in n and "pos_embed.pos_embed" not in n} == {
+        torch.float32
+    }, kept.keys()
     assert all(math.isfinite(level["loss"]) for level in report["levels"])
 
 
 def test_batches_that_processes_cannot_share_and_missing_trackers_are_refused_at_once(tmp_path: Path) -> None:
     config = RewardConfig(tmp_path, "/no/such/pipeline", data=DataConfig("x.csv"), batch_size=7)
-    with pytest.raises(UsageError, match="batch_size=7 pairs cannot be shared by 2 processes; the nearest that can is 8"):
+    with pytest.raises(
+        UsageError, match="batch_size=7 pairs cannot be shared by 2 processes; the nearest that can is 8"
+    ):
         training.require_run(config, 2)
     with pytest.raises(UsageError, match="no tracker 'excel'; choose one of"):
         train_reward(replace(config, report_to=("excel",)))
@@ -409,8 +419,8 @@ def test_seven_pairs_last_for_any_number_of_steps(sd3: Path, tmp_path: Path) -> 
 
 def test_a_size_that_does_not_suit_the_pipeline_is_refused(sd3: Path, choices: Path, tmp_path: Path) -> None:
     config = tiny(sd3, choices, tmp_path / "a")
-    with pytest.raises(UsageError, match="images of 33 x 33 pixels do not suit"):
-        train_reward(replace(config, data=replace(config.data, side=33)))
+    with pytest.raises(UsageError, match="images of 34 x 34 pixels do not suit"):
+        train_reward(replace(config, data=replace(config.data, side=34)))
 
 
 def test_broken_pairs_are_counted_and_left_out(sd3: Path, tmp_path: Path) -> None:

@@ -57,12 +57,12 @@ def write_choices(folder: Path, count: int = 24, size: int = 32, ties: int = 0) 
     return folder / "choices.csv"
 
 
-def tiny(pipeline: Path, data: Path, out: Path, **settings: Any) -> RewardConfig:
+def tiny(pipeline: Path, table: Path, out: Path, **settings: Any) -> RewardConfig:
     """A run of seconds."""
     base: dict[str, Any] = {
         "out": out,
         "pipeline": str(pipeline),
-        "data": DataConfig(str(data), side=32, held_out_fraction=0.25),
+        "data": DataConfig(str(table), side=32, held_out_fraction=0.25),
         "model": ModelConfig(blocks=1, lora_rank=2, head_width=16),
         "optimizer": OptimizerConfig(lr=3e-3, warmup=2),
         "steps": 6,

@@ -14,6 +14,7 @@ COMMANDS = {
     "sample": "rsm_guidance.cli.sample:Sample",
     "compare": "rsm_guidance.cli.compare:Compare",
     "score": "rsm_guidance.cli.score:Score",
+    "evaluate preference": "rsm_guidance.cli.preference:EvaluatePreference",
     "evaluate": "rsm_guidance.cli.evaluate:Evaluate",
     "families": "rsm_guidance.cli.families:Families",
     "rewards": "rsm_guidance.cli.rewards:Rewards",

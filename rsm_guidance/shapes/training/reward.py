@@ -21,8 +21,8 @@ from rsm_guidance.shapes.training.hard_negatives import Renders, render_hard_neg
 from rsm_guidance.shapes.training.objective import Preferences
 from rsm_guidance.shapes.training.report import report_accuracy, validation_accuracy
 from rsm_guidance.training import Batches, LoopConfig, adamw, cosine, fit
-from rsm_guidance.training.loop import Metrics
 from rsm_guidance.training.data import process_state
+from rsm_guidance.training.loop import Metrics
 from rsm_guidance.training.optim import freeze_unreached
 
 _TUNED_TRUNK = 0.33  # learning rate of a tuned trunk, as a share of the head's

@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 
 from rsm_guidance.data.order import epoch_batches
 from rsm_guidance.data.preferences import PreferenceData
-from rsm_guidance.evaluation.preference import PairScores
+from rsm_guidance.evaluation.preference.figures import PairScores
 from rsm_guidance.training.reward_model.collate import collate
 from rsm_guidance.training.reward_model.objective import PairObjective
 

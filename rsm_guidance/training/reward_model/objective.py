@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 from rsm_guidance.reward_models import DiffusionRewardModel
 from rsm_guidance.reward_models.blocks import Grid
+from rsm_guidance.reward_models.noise_table import NoiseTable
 from rsm_guidance.training.reward_model.collate import PromptEmbeddings
 from rsm_guidance.training.reward_model.config import RewardConfig
-from rsm_guidance.training.reward_model.noise import NoiseTable, drawn_levels, noised, pair_noise
+from rsm_guidance.training.reward_model.noise import drawn_levels, noised, pair_noise
 
 PairLoss = Callable[[Tensor, Tensor], Tensor]
 """Margins s_first - s_second [B] and probabilities that the first is preferred [B] to losses [B]."""

@@ -25,7 +25,8 @@ from tqdm.auto import tqdm
 from rsm_guidance.core.errors import UsageError
 from rsm_guidance.core.random import generator_of
 from rsm_guidance.data.preferences import PreferenceData
-from rsm_guidance.evaluation.preference import PairScores, draw_levels, figures_of, scores_vary
+from rsm_guidance.evaluation.preference.figures import PairScores, figures_of, scores_vary
+from rsm_guidance.evaluation.preference.plots import draw_levels
 from rsm_guidance.io.files import write_json, write_text
 from rsm_guidance.reward_models import DiffusionRewardModel, load_backbone
 from rsm_guidance.reward_models.checkpoint import CONFIG, WEIGHTS, checkpoint_folder, read_config, read_tensors

@@ -59,7 +59,7 @@ def read_config(path: Path, cls: type[T]) -> T:
 def _require_known(cls: type[Any], data: Mapping[str, Any], subject: str) -> None:
     """Raise a UsageError that names the first option which does not exist, and the one that is probably meant."""
     known = _paths(cls)
-    for path, value in _given(data):
+    for path in _given(data):
         if path in known or any(path.startswith(f"{other}.") for other, nested in known.items() if not nested):
             continue
         level = path.rpartition(".")[0]
@@ -89,10 +89,10 @@ def _paths(cls: type[Any], place: str = "") -> dict[str, bool]:
     return found
 
 
-def _given(data: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
+def _given(data: Mapping[str, Any], place: str = "") -> Iterator[str]:
     """Options by dotted name, the outer ones first."""
     named = [(place + str(name).replace("-", "_"), value) for name, value in data.items()]
-    yield from named
+    yield from (path for path, _ in named)
     for path, value in named:
         if isinstance(value, Mapping):
             yield from _given(value, f"{path}.")

@@ -6,6 +6,7 @@ leave the accelerator, and a run that resumes sees the same embeddings to the bi
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from rsm_guidance.engine.arguments import NotReplayable
 from rsm_guidance.engine.encode import encode_images
 from rsm_guidance.engine.replay import Replay
 from rsm_guidance.io.fingerprint import fingerprint
+from rsm_guidance.io.names import preference_location
 from rsm_guidance.reward_models import DiffusionRewardModel
 from rsm_guidance.reward_models.blocks import Grid
 from rsm_guidance.training.reward_model.config import DataConfig, RewardConfig
@@ -107,7 +109,8 @@ class PreparedData:
         encoder = Encoder(
             _name(drm, self.embeddings), lambda images: encode_images(drm.pipe, images), self.embeddings, buckets
         )
-        train, held_out = files_of(data, config.seed)
+        made = preference_location(data.path, config.cache, config.seed)
+        train, held_out = files_of(replace(data, path=made), config.seed)
         self.train = cached_latents(train, encoder, config.cache, progress=progress("encoding pairs"))
         self.held_out: PreferenceData | None = None
         if held_out is not None:

@@ -58,17 +58,23 @@ class ModelConfig:
         taps: names of the blocks whose features the head reads; default: the last one kept.
         adaptation: what is trained besides the head.
         lora_rank: rank of the LoRA.
-        head_width: width of the reward head.
+        tuned_blocks: blocks that are tuned with "last-blocks".
+        head: design of the reward head; see `reward_models.heads`. Its outputs are what the loss needs.
+        head_width: width of the reward head; 512 is that of the paper's.
+        grades: of an ordinal head.
     """
 
     blocks: int | None = None
     taps: tuple[str, ...] = ()
-    adaptation: Literal["frozen", "lora", "full"] = "lora"
+    adaptation: Literal["frozen", "lora", "last-blocks", "full"] = "lora"
     lora_rank: int = 16
+    tuned_blocks: int = 1
+    head: Literal["conv", "drm", "query", "pool"] = "conv"
     head_width: int = 64
+    grades: int = 9
 
     def __post_init__(self) -> None:
-        _require_positive(self, "model.", "blocks", "lora_rank", "head_width")
+        _require_positive(self, "model.", "blocks", "lora_rank", "head_width", "tuned_blocks")
 
 
 @dataclass(frozen=True)
@@ -94,15 +100,40 @@ class NoiseConfig:
             )
 
 
+LossName = Literal[
+    "bradley-terry",
+    "margin",
+    "win-tie",
+    "thurstone-nll",
+    "thurstone-fidelity",
+    "gaussian-nll",
+    "gaussian-fidelity",
+    "oprm",
+]
+
+
 @dataclass(frozen=True)
 class LossConfig:
     """What the scores of a pair are trained for.
 
     Attributes:
+        name: of the loss; see `training.reward_model.pair_losses`.
+        margin: m of "margin" and "win-tie".
         ties: "soft" pulls the scores of a tie together, "skip" leaves ties out of the loss.
     """
 
+    name: LossName = "bradley-terry"
+    margin: float = 1.0
     ties: Literal["soft", "skip"] = "soft"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.margin < math.inf:
+            raise UsageError(f"loss.margin must be finite and not negative; got {self.margin}")
+
+    @property
+    def output(self) -> Literal["scalar", "gaussian", "ordinal"]:
+        """What the head has to say for it."""
+        return "ordinal" if self.name == "oprm" else "gaussian" if self.name.startswith("gaussian") else "scalar"
 
 
 @dataclass(frozen=True)

@@ -1,31 +1,18 @@
-"""What a reward model is trained for: both images of a pair, noised to one level, in the order that people prefer.
+"""What a reward model is trained for: both images of a pair, noised to one level, in the order that people prefer."""
 
-Bradley and Terry with soft labels: P(first is preferred) = sigmoid(s_first - s_second) = p, by cross-entropy, less the entropy
-of p, so that the best loss of any label is 0.
-"""
-
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from rsm_guidance.reward_models import DiffusionRewardModel
 from rsm_guidance.reward_models.blocks import Grid
 from rsm_guidance.reward_models.noise_table import NoiseTable
+from rsm_guidance.reward_models.outputs import mean_of
 from rsm_guidance.training.reward_model.collate import PromptEmbeddings
 from rsm_guidance.training.reward_model.config import RewardConfig
 from rsm_guidance.training.reward_model.noise import drawn_levels, noised, pair_noise
-
-PairLoss = Callable[[Tensor, Tensor], Tensor]
-"""Margins s_first - s_second [B] and probabilities that the first is preferred [B] to losses [B]."""
-
-
-def soft_bradley_terry(margin: Tensor, probability: Tensor) -> Tensor:
-    """Cross-entropy of sigmoid(margin) [B] against probabilities [B], less their entropy: [B], never negative."""
-    entropy = -(torch.xlogy(probability, probability) + torch.xlogy(1 - probability, 1 - probability))
-    return F.binary_cross_entropy_with_logits(margin, probability, reduction="none") - entropy
+from rsm_guidance.training.reward_model.pair_losses import LOSSES
 
 
 class PairObjective(nn.Module):
@@ -46,6 +33,7 @@ class PairObjective(nn.Module):
         self.drm = drm
         self.table = NoiseTable.of(drm.pipe.scheduler)
         self._noise, self._ties, self._seed = config.noise, config.loss.ties, config.seed
+        self._loss, self._margin = LOSSES[config.loss.name], config.loss.margin
         self._embeddings, self._grids = embeddings, grids
 
     def weight(self, batch: dict[str, Any]) -> float:
@@ -54,12 +42,13 @@ class PairObjective(nn.Module):
 
     def forward(self, batch: dict[str, Any], generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Losses: "loss"; and "accuracy" over decided pairs (0.5 without any) and "margin", the mean |difference|."""
-        scores = self._scored(batch)
+        outputs, sigma = self._outputs(batch)
+        scores = mean_of(outputs, self.drm.drm_config.output)
         if "level" in batch:
             return {"scores": scores}
         margin = scores[:, 0] - scores[:, 1]
         probability, weights = batch["probability"].to(margin), self._weights(batch).to(margin)
-        losses = soft_bradley_terry(margin, probability)
+        losses = self._loss.call(outputs[:, 0], outputs[:, 1], probability, sigma.to(margin), self._margin)
         told = margin.detach()
         decided = probability != 0.5
         right = torch.where(told == 0, 0.5, ((told > 0) == (probability > 0.5)).to(told.dtype))
@@ -74,8 +63,8 @@ class PairObjective(nn.Module):
         weights: Tensor = batch["weight"]
         return weights * (batch["probability"] != 0.5) if self._ties == "skip" else weights
 
-    def _scored(self, batch: dict[str, Any]) -> Tensor:
-        """Raw scores [B, 2]."""
+    def _outputs(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The head's outputs [B, 2, N], and noise levels [B]."""
         first, second, pairs = batch["first"].float(), batch["second"].float(), batch["pair"]
         shape = tuple(first.shape[1:])
         if "level" in batch:
@@ -91,5 +80,5 @@ class PairObjective(nn.Module):
         if self._embeddings is not None:
             self._embeddings.put_back(batch["prompt"], batch["embeddings"], shape, grid)
         inputs = self.drm.inputs(x, timesteps.repeat_interleave(2), prompts, grid)
-        scores: Tensor = self.drm.scorer(*inputs)
-        return scores.view(-1, 2)
+        outputs: Tensor = self.drm.scorer(*inputs)
+        return outputs.unflatten(0, (-1, 2)), sigma

@@ -139,6 +139,10 @@ def build_model(pipe: DiffusionPipeline, config: RewardConfig) -> DiffusionRewar
             adaptation=chosen.adaptation,
             lora_rank=chosen.lora_rank,
             head_width=chosen.head_width,
+            head=chosen.head,
+            output=config.loss.output,
+            grades=chosen.grades,
+            tuned_blocks=chosen.tuned_blocks,
             backbone=backbone,
         )
     if config.init_from is not None:
@@ -157,8 +161,9 @@ def _start_from(drm: DiffusionRewardModel, name: str) -> None:
     """Copy the weights of a finished reward model."""
     folder = checkpoint_folder(name)
     given, ours = asdict(read_config(folder)), asdict(drm.drm_config)
-    for key in ("blocks", "taps", "adaptation", "lora_rank", "head_width"):
-        if given[key] != ours[key] and (key != "lora_rank" or ours["adaptation"] == "lora"):
+    for key in ("blocks", "taps", "adaptation", "lora_rank", "head_width", "head", "output", "grades"):
+        matters = {"lora_rank": ours["adaptation"] == "lora", "grades": ours["output"] == "ordinal"}.get(key, True)
+        if given[key] != ours[key] and matters:
             raise UsageError(
                 f"cannot start from {name}: it was made with model.{key}={given[key]!r}, and here it is {ours[key]!r}"
             )

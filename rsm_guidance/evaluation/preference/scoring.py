@@ -142,8 +142,11 @@ class _Clean:
         for pair in pairs:
             images = [tensor_of(image) for image in pair.images[:2]]
             prompt = pair.preference.prompt
-            rows.append([float(scored(self.reward, image, [prompt])[0]) for image in images])
+            rows.append([self._score(image, prompt) for image in images])
         return {CLEAN: np.array(rows, float)}
+
+    def _score(self, image: Tensor, prompt: str) -> float:
+        return float(scored(lambda: self.reward(image, [prompt]), 1, self.reward.name)[0])
 
 
 class _Noisy:

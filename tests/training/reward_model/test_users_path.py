@@ -50,6 +50,14 @@ def test_choices_become_a_reward_that_guides(
     assert settings["score_deviation"] > 0.01 and settings["backbone"] == str(tmp_path / "tiny")
     assert Path("drm/accuracy.png").stat().st_size > 5000 and "| 0.4 | " in Path("drm/README.md").read_text()
 
+    held_out = ["--split", "test", "--held-out-fraction", "0.25", "--levels", "0", "--out", "evaluation"]
+    main(["evaluate", "preference", "my_data/choices.csv", "--reward", "./drm", *held_out])
+    again = json.loads(Path("evaluation/report.json").read_text())
+    assert (
+        again["pairs"] == report["data"]["held_out_pairs"] and again["rewards"]["./drm"]["sigma 0"]["accuracy"] == 1.0
+    )
+    capsys.readouterr()
+
     call = ["--model", "./tiny", "--reward", "./drm", "--steps", "3", "--height", "32", "--width", "32"]
     main(["sample", "a red thing", *call, "--sampler", "best-of-n", "--candidates", "3", "--out", "best.png"])
     chosen = json.loads(capsys.readouterr().out)

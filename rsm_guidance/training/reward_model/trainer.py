@@ -7,6 +7,7 @@ card, report and plot; beside them lie `checkpoint-STEP`, the states that an int
 import hashlib
 import json
 import math
+import os
 import sys
 import warnings
 from dataclasses import asdict, replace
@@ -29,7 +30,14 @@ from rsm_guidance.evaluation.preference.figures import PairScores, figures_of, s
 from rsm_guidance.evaluation.preference.plots import draw_levels
 from rsm_guidance.io.files import write_json, write_text
 from rsm_guidance.reward_models import DiffusionRewardModel, load_backbone
-from rsm_guidance.reward_models.checkpoint import CONFIG, WEIGHTS, checkpoint_folder, read_config, read_tensors
+from rsm_guidance.reward_models.checkpoint import (
+    CONFIG,
+    WEIGHTS,
+    checkpoint_folder,
+    read_config,
+    read_tensors,
+    write_checkpoint,
+)
 from rsm_guidance.training.checkpoint import checkpoints
 from rsm_guidance.training.data import Batches, process_state
 from rsm_guidance.training.loop import LoopConfig, Metrics, fit, seeded
@@ -39,6 +47,7 @@ from rsm_guidance.training.reward_model.collate import PreparedData, collate
 from rsm_guidance.training.reward_model.config import RewardConfig
 from rsm_guidance.training.reward_model.evaluate import LEVELS, score_pairs
 from rsm_guidance.training.reward_model.objective import PairObjective
+from rsm_guidance.training.sharding import put, whole
 
 REPORT, PLOT, LOG = "report.json", "accuracy.png", "log.jsonl"
 _NO_MATTER = {
@@ -99,6 +108,12 @@ def require_run(config: RewardConfig, processes: int = 1) -> Path | None:
         near = max(1, round(config.batch_size / processes)) * processes
         raise UsageError(
             f"batch_size={config.batch_size} pairs cannot be shared by {processes} processes; the nearest that can is {near}"
+        )
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+    if fsdp and config.model.adaptation == "lora" and config.dtype != "float32":
+        raise UsageError(
+            f"FSDP takes weights of one precision, and a float32 LoRA on a {config.dtype} pipeline has two; set dtype: float32 "
+            "(with precision: bf16), or launch without FSDP"
         )
     for name in config.report_to:
         _require_tracker(name)
@@ -165,7 +180,13 @@ def _start_from(drm: DiffusionRewardModel, name: str) -> None:
     _load(drm, folder)
 
 
-@torch.no_grad()
+def _save(drm: DiffusionRewardModel, folder: Path, state: PartialState) -> None:
+    """Write a reward model, from all processes together."""
+    tensors = whole(drm.own_tensors())
+    if state.is_main_process:
+        write_checkpoint(folder, drm.drm_config, tensors)
+
+
 def _load(drm: DiffusionRewardModel, folder: Path) -> None:
     """Copy the tensors of a checkpoint folder into a reward model of the same kind.
 
@@ -179,7 +200,7 @@ def _load(drm: DiffusionRewardModel, folder: Path) -> None:
             raise UsageError(
                 f"the weights in {folder} are of another model: {key} is {told[0]} there and {told[1]} here"
             )
-        own[key].copy_(tensors[key])
+        put(own[key], tensors[key])
 
 
 def build_objective(drm: DiffusionRewardModel, data: PreparedData, config: RewardConfig) -> PairObjective:
@@ -261,8 +282,8 @@ class _Keeper:
         metrics = {"mean_accuracy": mean, **metrics}
         if past:  # the first is of the model before training
             best = max((entry["mean_accuracy"] for entry in past[1:]), default=-1.0)
-            if mean > best and self._state.is_main_process:
-                self._objective.drm.save_pretrained(config.out)
+            if mean > best:
+                _save(self._objective.drm, config.out, self._state)
             if not self._told and not any(scores_vary(pairs) for pairs in scores.values()):
                 self._told = True
                 warnings.warn(
@@ -305,8 +326,8 @@ def _finish(
 ) -> dict[str, Any]:
     """Measure the kept model, give its scores a scale, and write what tells of it."""
     drm = objective.drm.eval()
-    if state.is_main_process and data.held_out is None:
-        drm.save_pretrained(config.out)
+    if data.held_out is None:
+        _save(drm, config.out, state)
     state.wait_for_everyone()
     _load(drm, config.out)
     pairs, measured = (data.held_out, "held-out pairs") if data.held_out else (data.train, "training pairs")
@@ -316,11 +337,11 @@ def _finish(
     )  # fmt: skip
     clean = figures_of(scores[LEVELS[0]])
     if scores_vary(scores[LEVELS[0]]):
-        scale = {"score_mean": _or(clean["mean"], 0.0), "score_deviation": _or(clean["deviation"], 1.0)}
-        drm.drm_config = replace(drm.drm_config, **scale)
+        mean, deviation = _or(clean["mean"], 0.0), _or(clean["deviation"], 1.0)
+        drm.drm_config = replace(drm.drm_config, score_mean=mean, score_deviation=deviation)
     report = _report(config, data, history, steps, scores, measured, drm)
+    _save(drm, config.out, state)
     if state.is_main_process:
-        drm.save_pretrained(config.out)
         levels = {level: figures_of(p) for level, p in scores.items()}
         draw_levels({measured: levels}, config.out / PLOT)
         write_json(config.out / REPORT, report)

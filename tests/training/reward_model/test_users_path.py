@@ -71,4 +71,4 @@ def test_choices_become_a_reward_that_guides(
     main(["score", *names, "--prompt", "a blue thing", "--reward", "./drm"])
     first, second = [json.loads(line)["score"] for line in capsys.readouterr().out.splitlines()]
     rows = Path("my_data/choices.csv").read_text().splitlines()
-    assert (second > first) == (rows[3].split(",")[-2] == "1")
+    assert (second > first) == (rows[3].split(",")[-3] == "1")

@@ -7,6 +7,7 @@ card, report and plot; beside them lie `checkpoint-STEP`, the states that an int
 import json
 import math
 import sys
+import time
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from rsm_guidance.core.errors import UsageError
+from rsm_guidance.core.ledger import peak_memory
 from rsm_guidance.core.random import generator_of
 from rsm_guidance.data.preferences import PreferenceData
 from rsm_guidance.evaluation.preference.figures import PairScores, figures_of, scores_vary
@@ -59,7 +61,9 @@ def train_reward(config: RewardConfig) -> dict[str, Any]:
     pipe = load_backbone(config.pipeline, state.device, getattr(torch, config.dtype))
     pipe.set_progress_bar_config(disable=True)
     drm = build_model(pipe, config)
+    begun = time.perf_counter()
     data = PreparedData(drm, config, lambda label: _progress(label, state.is_main_process))
+    encoded = time.perf_counter()
     objective = build_objective(drm, data, config)
     _tell_long_prompts(pipe, data.train)
     optimizer = adamw(
@@ -83,7 +87,12 @@ def train_reward(config: RewardConfig) -> dict[str, Any]:
         _Log(config.out / LOG),
         resume,
     )
-    return _finish(objective, data, config, history, steps, state)
+    cost = {
+        "encoding_seconds": encoded - begun,
+        "training_seconds": time.perf_counter() - encoded,
+        "peak_memory_bytes": peak_memory(),
+    }
+    return _finish(objective, data, config, {"steps": steps, "history": history, "cost": cost}, state)
 
 
 def build_model(pipe: DiffusionPipeline, config: RewardConfig) -> DiffusionRewardModel:
@@ -220,8 +229,7 @@ def _finish(
     objective: PairObjective,
     data: PreparedData,
     config: RewardConfig,
-    history: list[Metrics],
-    steps: int,
+    told: dict[str, Any],
     state: PartialState,
 ) -> dict[str, Any]:
     """Measure the kept model, give its scores a scale, and write what tells of it."""
@@ -239,7 +247,7 @@ def _finish(
     if scores_vary(scores[LEVELS[0]]):
         mean, deviation = _or(clean["mean"], 0.0), _or(clean["deviation"], 1.0)
         drm.drm_config = replace(drm.drm_config, score_mean=mean, score_deviation=deviation)
-    report = _report(config, data, history, steps, scores, measured, drm)
+    report = _report(config, data, scores, measured, drm) | told
     _save(drm, config.out, state)
     if state.is_main_process:
         levels = {level: figures_of(p) for level, p in scores.items()}
@@ -255,8 +263,6 @@ def _finish(
 def _report(
     config: RewardConfig,
     data: PreparedData,
-    history: list[Metrics],
-    steps: int,
     scores: dict[float, PairScores],
     measured: str,
     drm: DiffusionRewardModel,
@@ -269,7 +275,6 @@ def _report(
     return {
         "config": flat(asdict(config)),
         "model": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(drm.drm_config).items()},
-        "steps": steps,
         "data": {
             "pairs": len(data.train),
             "ties": ties(data.train),
@@ -280,7 +285,6 @@ def _report(
         "measured_on": measured,
         "levels": levels,
         "warnings": warned,
-        "history": history,
     }
 
 

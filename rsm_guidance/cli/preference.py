@@ -44,14 +44,17 @@ class EvaluatePreference:
     """Rows below it are left out, of formats that state a confidence."""
     limit: int | None = None
     """Pairs to score; default all."""
+    side: int | None = None
+    """Images are scaled to this side for diffusion reward models, as data.side in training; default: the model's own."""
     batch_size: int = 8
     """Pairs at a time."""
     out: Path = Path("preference")
     """Folder for report.json, accuracy.png and calibration.png."""
 
     def run(self) -> None:
-        if self.batch_size < 1 or (self.limit is not None and self.limit < 1):
-            raise UsageError(f"--batch-size and --limit must be positive; got {self.batch_size} and {self.limit}")
+        for name, number in (("batch-size", self.batch_size), ("limit", self.limit), ("side", self.side)):
+            if number is not None and number < 1:
+                raise UsageError(f"--{name} must be positive; got {number}")
         levels = numbers(self.levels, "--levels")
         if not all(0 <= level <= 1 for level in levels):
             raise UsageError(f"--levels are noise levels between 0 and 1; got {self.levels}")
@@ -74,7 +77,7 @@ class EvaluatePreference:
         names = [self.reward, *listed(self.others)]
         rewards = {name: load_reward(name) for name in dict.fromkeys(names)}
         with tqdm(unit="pair", desc="scoring") as bar:
-            found = compare_pairs(data, rewards, levels, self.batch_size, self.limit, bar.update)
+            found = compare_pairs(data, rewards, levels, self.batch_size, self.limit, self.side, bar.update)
         report = {"data": str(data), "reward": self.reward, **report_of(found, self.reward)}
         write_json(self.out / "report.json", report)
         self._draw(found)

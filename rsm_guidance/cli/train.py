@@ -42,7 +42,8 @@ class TrainReward:
 
     def run(self) -> None:
         from rsm_guidance.io.files import require_writable
-        from rsm_guidance.training.reward_model.trainer import flat, require_run, train_reward
+        from rsm_guidance.training.reward_model.run import flat, require_run
+        from rsm_guidance.training.reward_model.trainer import train_reward
 
         quiet_libraries()
         require_writable(self.settings.out / "report.json")

@@ -21,13 +21,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rsm_guidance.io.files import begin_folder, commit_folder, write_json, write_tensors
+from rsm_guidance.training.sharding import put, whole
 
 _OBJECTIVE, _AVERAGES, _PROGRESS = "objective.safetensors", "averages.safetensors", "progress.json"
 _MANIFEST = "manifest.json"
@@ -98,8 +98,7 @@ def save_state(folder: Path, state: TrainState, keep: int = 1, settings: Mapping
     handle = accelerator.register_save_state_pre_hook(lambda models, weights, path: weights.clear())
     accelerator.save_state(str(fresh))
     handle.remove()
-    if accelerator.is_main_process:
-        _write_own(fresh, state)
+    _write_own(fresh, state)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         sizes = {
@@ -180,13 +179,19 @@ def _delete(folder: Path) -> None:
 
 
 def _write_own(folder: Path, state: TrainState) -> None:
-    write_tensors(folder / _OBJECTIVE, _own_tensors(state.objective))
+    main = state.accelerator.is_main_process
+    own = whole(_own_tensors(state.objective))
+    if main:
+        write_tensors(folder / _OBJECTIVE, own)
     progress: dict[str, Any] = {"step": state.step, "history": state.history}
     if state.ema is not None:
         averages = state.ema.state_dict()
-        write_tensors(folder / _AVERAGES, dict(zip(state.trained, averages.pop("shadow_params"), strict=True)))
+        shadows = whole(dict(zip(state.trained, averages.pop("shadow_params"), strict=True)))
         progress["averages"] = averages
-    write_json(folder / _PROGRESS, progress)
+        if main:
+            write_tensors(folder / _AVERAGES, shadows)
+    if main:
+        write_json(folder / _PROGRESS, progress)
 
 
 def _read_own(folder: Path, state: TrainState) -> None:
@@ -206,7 +211,6 @@ def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in chain(trained, module.named_buffers()) if name in saved}
 
 
-@torch.no_grad()
 def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
     strange = sorted(source.keys() ^ target.keys())
     if strange:
@@ -215,4 +219,4 @@ def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
         if tensor.shape != source[name].shape:
             shapes = f"{list(source[name].shape)} and not {list(tensor.shape)}"
             raise ValueError(f"it is the state of another model: {name!r} is {shapes}")
-        tensor.copy_(source[name])
+        put(tensor, source[name])

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 from rsm_guidance.core.random import generator_of
 from rsm_guidance.training.checkpoint import TrainState, latest, load_state, save_state
 from rsm_guidance.training.data import Batches, parts_of, process_state
+from rsm_guidance.training.sharding import sharded
 
 Metrics = dict[str, float]
 Evaluate = Callable[[list[Metrics]], Metrics]
@@ -122,7 +123,7 @@ def fit(
     accelerator = _accelerator(config, folder)
     model, optimizer, scheduler = accelerator.prepare(objective, optimizer, scheduler)
     trained = [p for p in objective.parameters() if p.requires_grad]
-    ema = None if config.ema_decay is None else EMAModel(trained, config.ema_decay, foreach=True)
+    ema = None if config.ema_decay is None else EMAModel(trained, config.ema_decay, foreach=not sharded(trained))
     state = TrainState(accelerator, objective, ema)
     with accelerator.main_process_first():
         found = resume or latest(folder)
@@ -140,7 +141,7 @@ def fit(
                 ema.step(trained)
             state.step += 1
             bar.set_postfix({name: f"{value:.3g}" for name, value in parts.items()}, refresh=False)
-            _tell(accelerator, log, state.step, {**parts, "lr": scheduler.get_last_lr()[0]})
+            _tell(accelerator, log, state.step, {**parts, "lr": float(scheduler.get_last_lr()[0])})
             if evaluate is not None and config.evaluates_after(state.step):
                 metrics = _evaluate(state, trained, evaluate, parts)
                 _tell(accelerator, log, state.step, {f"evaluation/{name}": value for name, value in metrics.items()})
@@ -166,7 +167,6 @@ def _accelerator(config: LoopConfig, folder: Path) -> Accelerator:
         step_scheduler_with_optimizer=False,  # one step is one step, with any number of processes
         log_with=list(config.report_to) or None,
         project_dir=folder if config.report_to else None,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     if config.report_to:
         plain = {n: v if isinstance(v, int | float | str) else str(v) for n, v in config.settings.items()}

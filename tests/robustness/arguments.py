@@ -116,7 +116,7 @@ def arguments(rng: random.Random) -> list[str]:
         "train reward": {
             "--config": lambda: option(["missing.yaml", "file.txt", "bad.yaml", "folder", "/dev/zero"]),
             "--out": lambda: option(["run", "file.txt"]),
-            "--prompts": lambda: option(NUMBERS),
+            "--steps": lambda: option(NUMBERS),
         },
         "benchmark values": {
             "--values": lambda: option(["", ",", "tweedie,x", "x"]),

@@ -148,6 +148,21 @@ def test_evaluation_sees_the_averages_and_its_history_survives(tmp_path: Path) -
     assert run(tmp_path / "parts", Sums())[0] == history
 
 
+def test_an_evaluation_that_fails_leaves_the_weights_that_are_trained(tmp_path: Path) -> None:
+    objective, seen = Sums(), []
+
+    def fails(past: list[dict[str, float]]) -> dict[str, float]:
+        seen.append(objective.out.weight.clone())
+        raise RuntimeError("no metric")
+
+    with pytest.raises(RuntimeError, match="no metric"):
+        train(tmp_path, objective=objective, evaluate=fails)
+    live = Sums()
+    train(tmp_path / "other", steps=5, objective=live)
+    raw = load_file(state(tmp_path / "other") / "objective.safetensors")["out.weight"]
+    assert torch.equal(objective.out.weight, raw) and not torch.equal(seen[0], raw) and objective.training
+
+
 def test_every_trainable_tensor_moves_and_no_other(tmp_path: Path) -> None:
     objective = Sums(frozen=True)
     before = {name: p.clone() for name, p in objective.named_parameters()}

@@ -51,6 +51,7 @@ def compare_pairs(
     levels: Sequence[float] = (0.0,),
     batch: int = 8,
     limit: int | None = None,
+    side: int | None = None,
     on_pair: Callable[[int], object] | None = None,
 ) -> Comparison:
     """Score the pairs of a data set, streamed, by several rewards.
@@ -61,11 +62,12 @@ def compare_pairs(
         levels: sigma in [0, 1].
         batch: pairs at a time.
         limit: pairs; default all.
+        side: of the squares, in pixels, to which images are scaled for diffusion reward models; default the model's own.
         on_pair: told how many more were scored.
     """
     tally = Tally()
     found: dict[str, dict[str, list[np.ndarray]]] = {name: {} for name in rewards}
-    scorers = {name: _scorer(reward, levels) for name, reward in rewards.items()}
+    scorers = {name: _scorer(reward, levels, side) for name, reward in rewards.items()}
     labels: list[tuple[float, str, str]] = []
     pairs: Iterable[Decoded] = decoded(data.records(), tally.add)
     for some in _batches(islice(pairs, limit), batch):
@@ -124,9 +126,9 @@ def _batches(pairs: Iterable[Decoded], size: int) -> Iterator[list[Decoded]]:
         yield some
 
 
-def _scorer(reward: Reward, levels: Sequence[float]) -> ScorePairs:
+def _scorer(reward: Reward, levels: Sequence[float], side: int | None) -> ScorePairs:
     if hasattr(reward, "score_at_level"):  # it scores noisy latents
-        return _Noisy(reward, levels)  # type: ignore[arg-type]
+        return _Noisy(reward, levels, side)  # type: ignore[arg-type]
     return _Clean(reward)
 
 
@@ -142,21 +144,23 @@ class _Clean:
         for pair in pairs:
             images = [tensor_of(image) for image in pair.images[:2]]
             prompt = pair.preference.prompt
-            rows.append([float(scored(self.reward, image, [prompt])[0]) for image in images])
+            rows.append([self._score(image, prompt) for image in images])
         return {CLEAN: np.array(rows, float)}
+
+    def _score(self, image: Tensor, prompt: str) -> float:
+        return float(scored(lambda: self.reward(image, [prompt]), 1, self.reward.name)[0])
 
 
 class _Noisy:
     """Scores of latents at noise levels by a diffusion reward model; the noise belongs to the pair and the level."""
 
-    def __init__(self, drm: DiffusionRewardModel, levels: Sequence[float]) -> None:
-        self._drm, self._levels = drm, levels
+    def __init__(self, drm: DiffusionRewardModel, levels: Sequence[float], side: int | None) -> None:
+        self._drm, self._levels, self._side = drm, levels, side or drm.image_size
         self._table, self._met = NoiseTable.of(drm.pipe.scheduler), 0
 
     @torch.no_grad()
     def __call__(self, pairs: Sequence[Decoded]) -> dict[str, np.ndarray]:
-        side = self._drm.image_size
-        images = [i.resize((side, side), Image.Resampling.BICUBIC) for p in pairs for i in p.images[:2]]
+        images = [i.resize((self._side, self._side), Image.Resampling.BICUBIC) for p in pairs for i in p.images[:2]]
         latents = encode_images(self._drm.pipe, torch.cat([tensor_of(image) for image in images])).float()
         prompts = [p.preference.prompt for p in pairs for _ in range(2)]
         numbers = range(self._met, self._met + len(images))

@@ -4,10 +4,10 @@ What is trained is in `objective`, how in `rsm_guidance.training.loop`.  `out` b
 card, report and plot; beside them lie `checkpoint-STEP`, the states that an interrupted run goes on from.
 """
 
-import hashlib
 import json
 import math
 import sys
+import time
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,37 +15,37 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-from accelerate.utils import LoggerType
 from diffusers import DiffusionPipeline
-from diffusers.optimization import get_scheduler
-from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
 from rsm_guidance.core.errors import UsageError
+from rsm_guidance.core.ledger import peak_memory
 from rsm_guidance.core.random import generator_of
 from rsm_guidance.data.preferences import PreferenceData
 from rsm_guidance.evaluation.preference.figures import PairScores, figures_of, scores_vary
 from rsm_guidance.evaluation.preference.plots import draw_levels
 from rsm_guidance.io.files import write_json, write_text
 from rsm_guidance.reward_models import DiffusionRewardModel, load_backbone
-from rsm_guidance.reward_models.checkpoint import CONFIG, WEIGHTS, checkpoint_folder, read_config, read_tensors
-from rsm_guidance.training.checkpoint import checkpoints
+from rsm_guidance.reward_models.checkpoint import (
+    CONFIG,
+    WEIGHTS,
+    checkpoint_folder,
+    read_config,
+    read_tensors,
+    write_checkpoint,
+)
 from rsm_guidance.training.data import Batches, process_state
-from rsm_guidance.training.loop import LoopConfig, Metrics, fit, seeded
+from rsm_guidance.training.loop import Metrics, fit, seeded
 from rsm_guidance.training.optim import adamw, freeze_unreached
 from rsm_guidance.training.reward_model.card import card_of
 from rsm_guidance.training.reward_model.collate import PreparedData, collate
 from rsm_guidance.training.reward_model.config import RewardConfig
 from rsm_guidance.training.reward_model.evaluate import LEVELS, score_pairs
 from rsm_guidance.training.reward_model.objective import PairObjective
+from rsm_guidance.training.reward_model.run import flat, loop_config, require_run, schedule_of
+from rsm_guidance.training.sharding import put, whole
 
 REPORT, PLOT, LOG = "report.json", "accuracy.png", "log.jsonl"
-_NO_MATTER = {
-    "out", "epochs", "steps", "micro_batch", "evaluate_every", "evaluation_levels", "evaluation_pairs", "save_every", "keep",
-    "resume", "report_to", "project", "push_to_hub", "private", "workers", "data.path", "data.held_out", "data.cache",
-}  # fmt: skip
-"""Settings that may change when a run goes on; the data are compared by what they hold."""
 
 
 def train_reward(config: RewardConfig) -> dict[str, Any]:
@@ -61,7 +61,9 @@ def train_reward(config: RewardConfig) -> dict[str, Any]:
     pipe = load_backbone(config.pipeline, state.device, getattr(torch, config.dtype))
     pipe.set_progress_bar_config(disable=True)
     drm = build_model(pipe, config)
+    begun = time.perf_counter()
     data = PreparedData(drm, config, lambda label: _progress(label, state.is_main_process))
+    encoded = time.perf_counter()
     objective = build_objective(drm, data, config)
     _tell_long_prompts(pipe, data.train)
     optimizer = adamw(
@@ -77,50 +79,20 @@ def train_reward(config: RewardConfig) -> dict[str, Any]:
     history = fit(
         objective,
         optimizer,
-        _schedule(optimizer, config, steps),
+        schedule_of(optimizer, config, steps),
         batches,
-        _loop_config(config, data, steps),
+        loop_config(config, data.train, steps),
         config.out,
         keeper if data.held_out is not None else None,
         _Log(config.out / LOG),
         resume,
     )
-    return _finish(objective, data, config, history, steps, state)
-
-
-def require_run(config: RewardConfig, processes: int = 1) -> Path | None:
-    """Refuse what cannot work before anything is loaded; returns the state to resume from, if one is named.
-
-    Raises:
-        UsageError: saying what.
-    """
-    config.require_data()
-    if config.batch_size % processes:
-        near = max(1, round(config.batch_size / processes)) * processes
-        raise UsageError(
-            f"batch_size={config.batch_size} pairs cannot be shared by {processes} processes; the nearest that can is {near}"
-        )
-    for name in config.report_to:
-        _require_tracker(name)
-    found = checkpoints(config.out)
-    if config.resume == "never" and found:
-        raise UsageError(
-            f"{config.out} holds the run of {found[0].name}; name another folder, or delete its checkpoints"
-        )
-    if config.resume in ("auto", "never"):
-        return None
-    return Path(config.resume)
-
-
-def _require_tracker(name: str) -> None:
-    known = {str(kind) for kind in LoggerType} - {"all"}
-    if name not in known:
-        raise UsageError(f"there is no tracker {name!r}; choose one of {', '.join(sorted(known))}")
-    from accelerate.tracking import get_available_trackers
-
-    if name not in {str(kind) for kind in get_available_trackers()}:
-        raise UsageError(f"the tracker {name!r} is not installed; pip install it, or leave it out of report_to")
-    assert name in LOGGER_TYPE_TO_CLASS
+    cost = {
+        "encoding_seconds": encoded - begun,
+        "training_seconds": time.perf_counter() - encoded,
+        "peak_memory_bytes": peak_memory(),
+    }
+    return _finish(objective, data, config, {"steps": steps, "history": history, "cost": cost}, state)
 
 
 def build_model(pipe: DiffusionPipeline, config: RewardConfig) -> DiffusionRewardModel:
@@ -170,7 +142,13 @@ def _start_from(drm: DiffusionRewardModel, name: str) -> None:
     _load(drm, folder)
 
 
-@torch.no_grad()
+def _save(drm: DiffusionRewardModel, folder: Path, state: PartialState) -> None:
+    """Write a reward model, from all processes together."""
+    tensors = whole(drm.own_tensors())
+    if state.is_main_process:
+        write_checkpoint(folder, drm.drm_config, tensors)
+
+
 def _load(drm: DiffusionRewardModel, folder: Path) -> None:
     """Copy the tensors of a checkpoint folder into a reward model of the same kind.
 
@@ -184,7 +162,7 @@ def _load(drm: DiffusionRewardModel, folder: Path) -> None:
             raise UsageError(
                 f"the weights in {folder} are of another model: {key} is {told[0]} there and {told[1]} here"
             )
-        own[key].copy_(tensors[key])
+        put(own[key], tensors[key])
 
 
 def build_objective(drm: DiffusionRewardModel, data: PreparedData, config: RewardConfig) -> PairObjective:
@@ -193,54 +171,6 @@ def build_objective(drm: DiffusionRewardModel, data: PreparedData, config: Rewar
     probe = collate([data.train[0]], 0)
     freeze_unreached(objective, objective({**probe, "level": 0})["scores"].sum())
     return objective
-
-
-def _schedule(optimizer: torch.optim.Optimizer, config: RewardConfig, steps: int) -> LRScheduler:
-    name = "constant_with_warmup" if config.optimizer.schedule == "constant" else config.optimizer.schedule
-    warmup = config.optimizer.warmup
-    found: LRScheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
-    return found
-
-
-def _loop_config(config: RewardConfig, data: PreparedData, steps: int) -> LoopConfig:
-    settings = {k: v for k, v in flat(asdict(config)).items() if k not in _NO_MATTER}
-    if config.optimizer.schedule != "constant":
-        settings["steps"] = steps
-    settings["training pairs"] = _digest(data.train)
-    return LoopConfig(
-        "reward model",
-        steps,
-        config.save_every,
-        config.seed,
-        config.ema_decay,
-        config.optimizer.max_grad_norm,
-        evaluate_every=config.evaluate_every,
-        evaluate_first=True,
-        micro_batch=config.micro_batch,
-        precision=config.precision,
-        keep=config.keep,
-        settings=settings,
-        report_to=config.report_to,
-        project=config.project,
-    )
-
-
-def flat(settings: dict[str, Any], place: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted names, as JSON has them."""
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{place}{name}.")
-        else:
-            found[place + name] = str(value) if isinstance(value, Path) else value
-    return found
-
-
-def _digest(data: PreferenceData) -> str:
-    told = hashlib.blake2b(digest_size=8)
-    for e in data.entries:
-        told.update(repr((e.prompt, e.tensors, e.probability, e.weight, e.bucket)).encode())
-    return f"{len(data)} with digest {told.hexdigest()}"
 
 
 class _Keeper:
@@ -266,8 +196,8 @@ class _Keeper:
         metrics = {"mean_accuracy": mean, **metrics}
         if past:  # the first is of the model before training
             best = max((entry["mean_accuracy"] for entry in past[1:]), default=-1.0)
-            if mean > best and self._state.is_main_process:
-                self._objective.drm.save_pretrained(config.out)
+            if mean > best:
+                _save(self._objective.drm, config.out, self._state)
             if not self._told and not any(scores_vary(pairs) for pairs in scores.values()):
                 self._told = True
                 warnings.warn(
@@ -304,14 +234,13 @@ def _finish(
     objective: PairObjective,
     data: PreparedData,
     config: RewardConfig,
-    history: list[Metrics],
-    steps: int,
+    told: dict[str, Any],
     state: PartialState,
 ) -> dict[str, Any]:
     """Measure the kept model, give its scores a scale, and write what tells of it."""
     drm = objective.drm.eval()
-    if state.is_main_process and data.held_out is None:
-        drm.save_pretrained(config.out)
+    if data.held_out is None:
+        _save(drm, config.out, state)
     state.wait_for_everyone()
     _load(drm, config.out)
     pairs, measured = (data.held_out, "held-out pairs") if data.held_out else (data.train, "training pairs")
@@ -321,11 +250,11 @@ def _finish(
     )  # fmt: skip
     clean = figures_of(scores[LEVELS[0]])
     if scores_vary(scores[LEVELS[0]]):
-        scale = {"score_mean": _or(clean["mean"], 0.0), "score_deviation": _or(clean["deviation"], 1.0)}
-        drm.drm_config = replace(drm.drm_config, **scale)
-    report = _report(config, data, history, steps, scores, measured, drm)
+        mean, deviation = _or(clean["mean"], 0.0), _or(clean["deviation"], 1.0)
+        drm.drm_config = replace(drm.drm_config, score_mean=mean, score_deviation=deviation)
+    report = _report(config, data, scores, measured, drm) | told
+    _save(drm, config.out, state)
     if state.is_main_process:
-        drm.save_pretrained(config.out)
         levels = {level: figures_of(p) for level, p in scores.items()}
         draw_levels({measured: levels}, config.out / PLOT)
         write_json(config.out / REPORT, report)
@@ -339,8 +268,6 @@ def _finish(
 def _report(
     config: RewardConfig,
     data: PreparedData,
-    history: list[Metrics],
-    steps: int,
     scores: dict[float, PairScores],
     measured: str,
     drm: DiffusionRewardModel,
@@ -353,7 +280,6 @@ def _report(
     return {
         "config": flat(asdict(config)),
         "model": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(drm.drm_config).items()},
-        "steps": steps,
         "data": {
             "pairs": len(data.train),
             "ties": ties(data.train),
@@ -364,7 +290,6 @@ def _report(
         "measured_on": measured,
         "levels": levels,
         "warnings": warned,
-        "history": history,
     }
 
 

@@ -50,6 +50,14 @@ def test_choices_become_a_reward_that_guides(
     assert settings["score_deviation"] > 0.01 and settings["backbone"] == str(tmp_path / "tiny")
     assert Path("drm/accuracy.png").stat().st_size > 5000 and "| 0.4 | " in Path("drm/README.md").read_text()
 
+    held_out = ["--split", "test", "--held-out-fraction", "0.25", "--levels", "0", "--out", "evaluation"]
+    main(["evaluate", "preference", "my_data/choices.csv", "--reward", "./drm", *held_out])
+    again = json.loads(Path("evaluation/report.json").read_text())
+    assert (
+        again["pairs"] == report["data"]["held_out_pairs"] and again["rewards"]["./drm"]["sigma 0"]["accuracy"] == 1.0
+    )
+    capsys.readouterr()
+
     call = ["--model", "./tiny", "--reward", "./drm", "--steps", "3", "--height", "32", "--width", "32"]
     main(["sample", "a red thing", *call, "--sampler", "best-of-n", "--candidates", "3", "--out", "best.png"])
     chosen = json.loads(capsys.readouterr().out)
@@ -63,4 +71,4 @@ def test_choices_become_a_reward_that_guides(
     main(["score", *names, "--prompt", "a blue thing", "--reward", "./drm"])
     first, second = [json.loads(line)["score"] for line in capsys.readouterr().out.splitlines()]
     rows = Path("my_data/choices.csv").read_text().splitlines()
-    assert (second > first) == (rows[3].split(",")[-2] == "1")
+    assert (second > first) == (rows[3].split(",")[-3] == "1")

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks import script
 from rsm_guidance.io.files import require_writable, write_json
-from rsm_guidance.shapes.training.reward import RewardTrainConfig, train_reward
+from rsm_guidance.shapes.training.reward import ShapesRewardConfig, train_reward
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "frozen, 4 blocks": {"adaptation": "frozen", "blocks": 4},
@@ -36,7 +36,7 @@ class RewardModelsBenchmark:
 
     out: Path = Path("benchmarks/results/reward_models.json")
     work: Path = Path("runs/reward_models")
-    train: RewardTrainConfig = field(default_factory=lambda: RewardTrainConfig(steps=400, evaluate_every=100))
+    train: ShapesRewardConfig = field(default_factory=lambda: ShapesRewardConfig(steps=400, evaluate_every=100))
 
 
 def run_reward_models_benchmark(config: RewardModelsBenchmark) -> dict[str, Any]:

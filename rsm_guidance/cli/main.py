@@ -18,11 +18,13 @@ COMMANDS = {
     "sample": "rsm_guidance.cli.sample:Sample",
     "compare": "rsm_guidance.cli.compare:Compare",
     "score": "rsm_guidance.cli.score:Score",
+    "evaluate preference": "rsm_guidance.cli.preference:EvaluatePreference",
     "evaluate": "rsm_guidance.cli.evaluate:Evaluate",
     "families": "rsm_guidance.cli.families:Families",
     "rewards": "rsm_guidance.cli.rewards:Rewards",
     "data check": "rsm_guidance.cli.data:DataCheck",
     "train reward": "rsm_guidance.cli.train:TrainReward",
+    "train shapes-reward": "rsm_guidance.cli.train:TrainShapesReward",
     "train base": "rsm_guidance.cli.train:TrainBase",
     "benchmark engine": "rsm_guidance.cli.benchmark:BenchmarkEngine",
     "benchmark values": "rsm_guidance.cli.benchmark:BenchmarkValues",
@@ -51,7 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         _fail(f"error: {error}", 2)
     except KeyboardInterrupt as interrupt:
-        _fail(f"interrupted {str(interrupt) or 'before there was anything to keep'}", 128 + stopped_by())
+        _fail(
+            f"interrupted {str(interrupt) or 'before there was anything to keep'}",
+            128 + getattr(interrupt, "signal_number", stopped_by()),
+        )
     except Exception as error:
         library = _library_of_a_model(error)
         if debug or _crashed_in_reward(error) or library is None:

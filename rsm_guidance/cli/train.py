@@ -1,7 +1,7 @@
 """The commands `train ...`: configurations, from a file and from options, that are run."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,19 +9,26 @@ import tyro
 
 from rsm_guidance.cli.options import quiet_libraries
 from rsm_guidance.core.errors import UsageError
-from rsm_guidance.shapes.training.config import BaseConfig, RewardTrainConfig, VAEConfig
+from rsm_guidance.shapes.training.config import BaseConfig, ShapesRewardConfig, VAEConfig
+from rsm_guidance.training.reward_model.config import RewardConfig
 
 
 @dataclass(frozen=True)
 class TrainReward:
-    """Train a diffusion reward model on the shapes world; interrupted runs resume.
+    """Train a diffusion reward model on preferences; interrupted runs resume.
 
-    rsm-guidance train reward --config configs/shapes_drm.yaml --out drm --steps 500
+    rsm-guidance train reward --data.path choices.csv --pipeline stabilityai/stable-diffusion-3.5-medium --out drm
+
+    rsm-guidance train reward --config configs/sd35m_hpdv3.yaml --data.path HPDv3/train.json
+
+    accelerate launch --num-processes 4 -m rsm_guidance train reward --config FILE.yaml
     """
 
     config: Path | None = None
     """YAML file with any of the options below; options on the command line override it."""
-    settings: Annotated[RewardTrainConfig, tyro.conf.arg(name="")] = field(default_factory=RewardTrainConfig)
+    dry_run: bool = False
+    """Print the settings that would be used, and stop."""
+    settings: Annotated[RewardConfig, tyro.conf.arg(name="")] = field(default_factory=RewardConfig)
 
     @classmethod
     def configured(cls, words: list[str]) -> "TrainReward | None":
@@ -31,7 +38,44 @@ class TrainReward:
             return None
         from rsm_guidance.io.config import read_config  # loads pydantic
 
-        return cls(path, read_config(path, RewardTrainConfig))
+        return cls(path, settings=read_config(path, RewardConfig))
+
+    def run(self) -> None:
+        from rsm_guidance.io.files import require_writable
+        from rsm_guidance.training.reward_model.run import flat, require_run
+        from rsm_guidance.training.reward_model.trainer import train_reward
+
+        quiet_libraries()
+        require_writable(self.settings.out / "report.json")
+        if self.dry_run:
+            require_run(self.settings)
+            print(json.dumps(flat(asdict(self.settings)), indent=1))
+            return
+        report = train_reward(self.settings)
+        levels = {f"{entry['sigma']:g}": entry["accuracy"] for entry in report["levels"]}
+        print(json.dumps({"model": str(self.settings.out), report["measured_on"]: levels}))
+
+
+@dataclass(frozen=True)
+class TrainShapesReward:
+    """Train the packaged reward model of the shapes world, on samples of its generator; interrupted runs resume.
+
+    rsm-guidance train shapes-reward --config configs/shapes_packaged_drm.yaml --out drm --steps 500
+    """
+
+    config: Path | None = None
+    """YAML file with any of the options below; options on the command line override it."""
+    settings: Annotated[ShapesRewardConfig, tyro.conf.arg(name="")] = field(default_factory=ShapesRewardConfig)
+
+    @classmethod
+    def configured(cls, words: list[str]) -> "TrainShapesReward | None":
+        """The command with the settings of the file that --config names, if it names one."""
+        path = config_of(words)
+        if path is None:
+            return None
+        from rsm_guidance.io.config import read_config  # loads pydantic
+
+        return cls(path, read_config(path, ShapesRewardConfig))
 
     def run(self) -> None:
         from rsm_guidance.io.files import require_writable

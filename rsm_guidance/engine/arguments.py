@@ -5,7 +5,7 @@ latents.  A tensor or list that grew with the rows follows them; one that change
 changed from level to level, with the latents as they were, is the timestep; all others are constant.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
@@ -57,6 +57,27 @@ class Argument(Protocol):
         """The argument for the rows of several recordings; a NotReplayable where they do not fit."""
         ...
 
+    def kept(self, place: str) -> dict[str, Tensor]:
+        """What a recording of one row keeps for it: tensors by their place in the call."""
+        ...
+
+    def keeping(self, place: str, tensors: Mapping[str, Tensor]) -> "Argument":
+        """The argument of a recording of one row with other tensors at some places."""
+        ...
+
+
+class _Shared:
+    """An argument that keeps nothing for single rows."""
+
+    def pick(self, rows: Tensor, count: int) -> Self:
+        return self
+
+    def kept(self, place: str) -> dict[str, Tensor]:
+        return {}
+
+    def keeping(self, place: str, tensors: Mapping[str, Tensor]) -> Self:
+        return self
+
 
 def copied(rows: Tensor, copies: int, count: int, layout: Layout) -> Tensor:
     """Indices [k * R], into a batch with k copies of `count` rows, of rows [R]."""
@@ -74,16 +95,13 @@ def repeated(x: Tensor, copies: int, layout: Layout) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Constant:
+class Constant(_Shared):
     """An argument that is the same for all rows and levels."""
 
     content: Any
 
     def value(self, batch: Batch) -> Any:
         return self.content
-
-    def pick(self, rows: Tensor, count: int) -> Self:
-        return self
 
     def join(self, others: Sequence[Any]) -> Self:
         if not all(same(self.content, other.content) for other in others):
@@ -128,6 +146,16 @@ class PerRow:
                 raise NotReplayable("a conditioning differs in shape between the recordings")
             together = torch.cat(pieces, self.axis)
         return replace(self, content=together, layout="blocks")
+
+    def kept(self, place: str) -> dict[str, Tensor]:
+        entries = self.content if isinstance(self.content, list) else [self.content]
+        return {f"{place}.{i}": entry for i, entry in enumerate(entries) if isinstance(entry, Tensor)}
+
+    def keeping(self, place: str, tensors: Mapping[str, Tensor]) -> Self:
+        if isinstance(self.content, list):
+            entries = [tensors.get(f"{place}.{i}", entry) for i, entry in enumerate(self.content)]
+            return replace(self, content=entries)
+        return replace(self, content=tensors.get(f"{place}.0", self.content))
 
     def _copy(self, copy: int) -> Any:
         rows = torch.arange(self.count)
@@ -182,9 +210,15 @@ class Latents:
     def join(self, others: Sequence[Any]) -> Self:
         return self if self.frame is None else replace(self, frame=self.frame.join([o.frame for o in others]))
 
+    def kept(self, place: str) -> dict[str, Tensor]:
+        return {} if self.frame is None else self.frame.kept(place)
+
+    def keeping(self, place: str, tensors: Mapping[str, Tensor]) -> Self:
+        return self if self.frame is None else replace(self, frame=self.frame.keeping(place, tensors))
+
 
 @dataclass(frozen=True)
-class Timestep:
+class Timestep(_Shared):
     """What the denoiser is told of the noise level, one number per row.
 
     Attributes:
@@ -221,9 +255,6 @@ class Timestep:
         wide = torch.float32 if timesteps.device.type == "mps" else torch.float64
         return (self.slope * timesteps.to(wide) + self.offset).to(dtype)
 
-    def pick(self, rows: Tensor, count: int) -> Self:
-        return self
-
     def join(self, others: Sequence[Any]) -> Self:
         if any((o.slope, o.offset) != (self.slope, self.offset) for o in others):
             raise NotReplayable("the timestep is told in another way in one of the recordings")
@@ -231,7 +262,7 @@ class Timestep:
 
 
 @dataclass(frozen=True)
-class Passed:
+class Passed(_Shared):
     """A part of what an earlier call of the same level answered, such as a ControlNet's residuals."""
 
     call: int
@@ -242,9 +273,6 @@ class Passed:
         for step in self.path:
             part = part[step]
         return part
-
-    def pick(self, rows: Tensor, count: int) -> Self:
-        return self
 
     def join(self, others: Sequence[Any]) -> Self:
         return self
@@ -268,6 +296,19 @@ class Group:
     def join(self, others: Sequence[Any]) -> Self:
         columns = zip(*(other.parts for other in others), strict=True)
         return replace(self, parts=tuple(p.join(c) for p, c in zip(self.parts, columns, strict=True)))
+
+    def kept(self, place: str) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for key, part in zip(self._names(), self.parts, strict=True):
+            found |= part.kept(f"{place}.{key}")
+        return found
+
+    def keeping(self, place: str, tensors: Mapping[str, Tensor]) -> Self:
+        named = zip(self._names(), self.parts, strict=True)
+        return replace(self, parts=tuple(part.keeping(f"{place}.{key}", tensors) for key, part in named))
+
+    def _names(self) -> list[str]:
+        return [str(key) for key in self.keys] if self.kind is dict else [str(i) for i in range(len(self.parts))]
 
 
 def same(a: Any, b: Any) -> bool:

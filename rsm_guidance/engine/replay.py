@@ -242,6 +242,25 @@ class Replay:
         blend = self._blend and Blend(self._blend.kept[:, index], self._blend.known[:, index])
         return Replay(self.pipe, calls, len(index), self.shape, self._readout, blend, self.levels)
 
+    def kept(self) -> dict[str, Tensor]:
+        """Of a recording of one row: the tensors that it keeps for the row, by their place in the call."""
+        found: dict[str, Tensor] = {}
+        for number, call in enumerate(self.calls):
+            found |= call.args.kept(f"{number}.args") | call.kwargs.kept(f"{number}.kwargs")
+        return found
+
+    def keeping(self, tensors: Mapping[str, Tensor]) -> "Replay":
+        """The recording of one row with other tensors, as `kept` names them: the row of another prompt."""
+        calls = tuple(
+            replace(
+                call,
+                args=call.args.keeping(f"{number}.args", tensors),
+                kwargs=call.kwargs.keeping(f"{number}.kwargs", tensors),
+            )
+            for number, call in enumerate(self.calls)
+        )
+        return Replay(self.pipe, calls, self.count, self.shape, self._readout, self._blend, self.levels)
+
     @staticmethod
     def joined(replays: Sequence["Replay"]) -> "Replay":
         """One recording of the rows of several, of the same kind of call.

@@ -77,11 +77,10 @@ class Comparison:
     autocast: bool = False
 
     def __post_init__(self) -> None:
-        beyond = next((b for b in self.budgets if b > _LARGEST_BUDGET), None)
-        if beyond is not None:
+        wrong = next((b for b in self.budgets if not 0 < b <= _LARGEST_BUDGET), None)
+        if wrong is not None:
             raise UsageError(
-                f"samplers take as many candidates as a budget pays for, and {beyond:g} evaluations per image are more than can "
-                f"be made; give at most {_LARGEST_BUDGET:g}"
+                f"a budget is a number of denoiser evaluations per image, more than 0 and at most {_LARGEST_BUDGET:g}; got {wrong:g}"
             )
 
 

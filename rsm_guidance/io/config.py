@@ -5,11 +5,12 @@ a path or a transition where the field is one.
 """
 
 import dataclasses
+import difflib
 import functools
 import json
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -53,7 +54,50 @@ def read_config(path: Path, cls: type[T]) -> T:
         raise UsageError(f"{subject} is not YAML: {error}") from error
     if not isinstance(data, dict):
         raise UsageError(f"{subject} must be a mapping of options; got {type(data).__name__}")
+    _require_known(cls, data, subject)
     return _built(cls, data, subject, "")
+
+
+def _require_known(cls: type[Any], data: Mapping[str, Any], subject: str) -> None:
+    """Raise a UsageError that names the first option which does not exist, and the one that is probably meant."""
+    known = _paths(cls)
+    for path in _given(data):
+        if path in known or any(path.startswith(f"{other}.") for other, nested in known.items() if not nested):
+            continue
+        level = path.rpartition(".")[0]
+        if level and level not in known:
+            continue  # its parent has been named, or is no mapping
+        leaf = path.rpartition(".")[2]
+        meant = [other for other in known if other.rpartition(".")[2] == leaf] or difflib.get_close_matches(
+            path, known, 1, 0.75
+        )
+        if not meant:
+            similar = difflib.get_close_matches(leaf, [other.rpartition(".")[2] for other in known], 1, 0.75)
+            meant = [other for other in known if other.rpartition(".")[2] in similar]
+        hint = f"; did you mean {meant[0]!r}?" if meant else ""
+        takes = sorted(n.rpartition(".")[2] for n in known if n.rpartition(".")[0] == level)
+        raise UsageError(f"{subject} has no option {path!r}{hint or ';'} it takes {', '.join(takes)}")
+
+
+def _paths(cls: type[Any], place: str = "") -> dict[str, bool]:
+    """The options of a dataclass by dotted name, and whether each holds further ones."""
+    found: dict[str, bool] = {}
+    for name, hint in get_type_hints(cls).items():
+        choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+        nested = next((c for c in choices if dataclasses.is_dataclass(c)), None)
+        found[place + name] = nested is not None
+        if nested is not None:
+            found |= _paths(nested, f"{place}{name}.")  # type: ignore[arg-type]
+    return found
+
+
+def _given(data: Mapping[str, Any], place: str = "") -> Iterator[str]:
+    """Options by dotted name, the outer ones first."""
+    named = [(place + str(name).replace("-", "_"), value) for name, value in data.items()]
+    yield from (path for path, _ in named)
+    for path, value in named:
+        if isinstance(value, Mapping):
+            yield from _given(value, f"{path}.")
 
 
 def check_options(cls: type[Any], options: Mapping[str, Any], subject: str | None = None) -> dict[str, Any]:
@@ -74,7 +118,7 @@ def check_options(cls: type[Any], options: Mapping[str, Any], subject: str | Non
 
 
 def read_yaml(text: str) -> Any:
-    """YAML in which `1e-3` is a number, as in YAML 1.2 and Python.
+    """YAML with the numbers and words of YAML 1.2: `1e-3` is a number, `no`, `on` and `1:30` are words.
 
     Raises:
         yaml.YAMLError: if it is none.
@@ -83,12 +127,30 @@ def read_yaml(text: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with the numbers of YAML 1.2."""
+    """PyYAML's safe loader with the truth values and numbers of YAML 1.2."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"), list("-+.0123456789")
-)
+for _kind, _pattern, _starts in (
+    ("bool", r"(true|True|TRUE|false|False|FALSE)$", "tTfF"),
+    ("int", r"([-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$", "-+0123456789"),
+    (
+        "float",
+        r"([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$",
+        "-+.0123456789",
+    ),
+    ("null", r"(~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(_pattern), list(_starts))
+
+
+def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
+    text = loader.construct_scalar(node)
+    return int(text, 0 if text[:2] in ("0o", "0x") else 10)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 
 
 def _built(cls: type[T], data: Mapping[str, Any], subject: str, place: str) -> T:

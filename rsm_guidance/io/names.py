@@ -4,11 +4,14 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rsm_guidance.core.errors import UsageError
 
 MODELS: dict[str, str] = {"shapes": "rsm_guidance.shapes.packaged:MODEL"}
+PREFERENCES: dict[str, str] = {"shapes": "rsm_guidance.shapes.preferences:write_preferences"}
+"""Data sets that are made when they are asked for, by functions (folder, number of pairs, seed) -> table."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,21 @@ def model_prompts(model: str, count: int) -> list[str]:
     if packaged is None or packaged.prompts is None:
         raise UsageError(f"the model {model!r} carries no prompts of its own; give a file of them with --prompts")
     return packaged.prompts(count)
+
+
+def preference_location(name: str, folder: Path, seed: int) -> str:
+    """Where preferences lie: those of "NAME" or "NAME:PAIRS" are made in a folder; other locations stay what they are.
+
+    Raises:
+        UsageError: for a number of pairs that is none.
+    """
+    known, colon, pairs = name.partition(":")
+    if known not in PREFERENCES:
+        return name
+    if colon and not (pairs.isdecimal() and 0 < int(pairs) <= 10**7):
+        raise UsageError(f"{name!r} asks for no number of pairs; write {known}:2400")
+    count = int(pairs) if colon else 2400
+    return str(load_object(PREFERENCES[known])(folder / f"{known}-{count}-{seed}", count, seed))
 
 
 def load_object(path: str) -> Any:

@@ -13,12 +13,14 @@ from rsm_guidance.engine.families import denoisers_of
 from rsm_guidance.io.names import model_location, packaged_model
 
 
-def load_backbone(name: str, device: torch.device | str | None = None) -> DiffusionPipeline:
+def load_backbone(
+    name: str, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+) -> DiffusionPipeline:
     """The pipeline of a hub id, folder or packaged name, on a device (default: a GPU where there is one)."""
     location = model_location(name)
     if packaged_model(name) is not None:
         _import_components(location)
-    pipe = DiffusionPipeline.from_pretrained(location)
+    pipe = DiffusionPipeline.from_pretrained(location, dtype=dtype)
     return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -42,11 +44,18 @@ def is_backbone(pipe: Any, name: str) -> bool:
     Weights are not compared: a denoiser that was tuned in place since it was loaded is taken for the named one.
     """
     location = model_location(name)
-    if not isinstance(pipe, DiffusionPipeline) or str(pipe.config.get("_name_or_path") or "") != location:
+    if not isinstance(pipe, DiffusionPipeline) or not _same_place(
+        str(pipe.config.get("_name_or_path") or ""), location
+    ):
         return False
     part, module = next(iter(denoisers_of(pipe).items()), ("", None))
     denoiser = getattr(module, "_orig_mod", module)
     return isinstance(denoiser, nn.Module) and _same_config(denoiser, location, part)
+
+
+def _same_place(one: str, other: str) -> bool:
+    """Whether two locations are one, folders wherever they are looked at from."""
+    return one == other or (Path(one).is_dir() and Path(other).is_dir() and Path(one).samefile(other))
 
 
 def _same_config(denoiser: Any, location: str, part: str) -> bool:

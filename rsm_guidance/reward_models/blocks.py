@@ -99,6 +99,24 @@ def width_of(denoiser: Any, tap: str) -> int:
     return int(config.num_attention_heads * config.attention_head_dim)
 
 
+def prediction_width(denoiser: Any) -> int:
+    """Channels of what a denoiser predicts; of packed latents, those of a token."""
+    config, last = denoiser.config, getattr(denoiser, "proj_out", None)
+    if isinstance(last, nn.Linear) and last.out_features == config.get("in_channels"):
+        return last.out_features
+    return int(config.get("out_channels") or config["in_channels"])
+
+
+def prediction_plane(predicted: Any, grid: Grid) -> Tensor:
+    """What a denoiser predicts as [B, C, rows, columns], from latents of any layout; frames stand one below the other."""
+    if isinstance(predicted, list | tuple):
+        predicted = torch.stack(list(predicted))
+    tensor: Tensor = predicted
+    if tensor.ndim == 3:
+        return tensor[:, : grid[0] * grid[1]].transpose(1, 2).unflatten(2, grid)
+    return tensor.flatten(2, -2) if tensor.ndim == 5 else tensor
+
+
 def cost_of(denoiser: Any, names: list[str]) -> float:
     """Blocks that are all alike count one each; those of a UNet by their parameters."""
     if "block_out_channels" in denoiser.config:

@@ -6,6 +6,7 @@ Others are shown blank images.
 """
 
 import inspect
+from collections.abc import Mapping
 from contextlib import closing
 from typing import Any
 
@@ -56,6 +57,22 @@ class Conditioning:
         args, kwargs = replay.arguments(latents, timesteps, rows)
         names = list(inspect.signature(type(denoiser_of(replay.pipe)).forward).parameters)[1:]
         return dict(zip(names, args, strict=False)) | kwargs
+
+    def recorded(self, prompts: list[str], shape: tuple[int, ...], grid: Grid) -> list[Replay]:
+        """The recording of each prompt, for latents of a shape [...] and a grid of the image's tokens."""
+        self._replay(prompts, shape, grid)
+        return [self._recorded[p, shape, grid] for p in prompts]
+
+    def remember(self, replays: Mapping[str, Replay], grid: Grid) -> None:
+        """Use recordings of prompts, of one row each, that were made elsewhere."""
+        if self._bytes > _CACHED_BYTES:
+            self._recorded.clear()
+            self._bytes = 0
+        self._encoders = _state_of_encoders(self._pipes[-1])
+        for prompt, replay in replays.items():
+            old = self._recorded.get((prompt, replay.shape, grid))
+            self._bytes += replay.nbytes - (0 if old is None else old.nbytes)
+            self._recorded[prompt, replay.shape, grid] = replay
 
     def _replay(self, prompts: list[str], shape: tuple[int, ...], grid: Grid) -> Replay:
         """The recording of prompts for latents of a shape."""

@@ -25,8 +25,9 @@ from rsm_guidance.reward_models.backbone import denoiser_of, load_backbone
 from rsm_guidance.reward_models.blocks import Grid, block_names, token_grid
 from rsm_guidance.reward_models.checkpoint import CARD, checkpoint_folder, read_config, read_tensors, write_checkpoint
 from rsm_guidance.reward_models.conditioning import Conditioning
-from rsm_guidance.reward_models.config import Adaptation, DRMConfig
-from rsm_guidance.reward_models.heads.conv import RewardHead
+from rsm_guidance.reward_models.config import Adaptation, DRMConfig, HeadName
+from rsm_guidance.reward_models.heads import HEADS
+from rsm_guidance.reward_models.outputs import OutputKind, mean_of, width_of
 from rsm_guidance.reward_models.trunk import Trunk
 from rsm_guidance.reward_models.value import DRMValue
 
@@ -41,7 +42,7 @@ class LatentScorer(nn.Module):
     `find_unused_parameters=True` where the trunk is trained whole.
     """
 
-    def __init__(self, trunk: Trunk, head: RewardHead) -> None:
+    def __init__(self, trunk: Trunk, head: nn.Module) -> None:
         super().__init__()
         self.trunk, self.head = trunk, head
 
@@ -51,9 +52,9 @@ class LatentScorer(nn.Module):
         return tokens.float(), grid
 
     def forward(self, arguments: dict[str, Any], grid: Grid) -> Tensor:
-        """Scores [B] from what `DiffusionRewardModel.inputs` returns."""
-        scores: Tensor = self.head(*self.features(arguments, grid))
-        return scores
+        """The head's outputs [B, N] from what `DiffusionRewardModel.inputs` returns."""
+        outputs: Tensor = self.head(*self.features(arguments, grid))
+        return outputs
 
 
 class DiffusionRewardModel(
@@ -80,10 +81,15 @@ class DiffusionRewardModel(
         super().__init__()
         self.drm_config = drm_config
         self._pipe = (pipe,)  # in a tuple, so that it is no submodule and no parameter of ours
-        trunk = Trunk(pipe, drm_config.blocks, drm_config.taps, share=drm_config.adaptation == "frozen")
+        head, outputs = HEADS[drm_config.head], width_of(drm_config.output, drm_config.grades)
+        trunk = Trunk(
+            pipe, drm_config.blocks, drm_config.taps, drm_config.adaptation == "frozen", bool(head.reads_prediction)
+        )
         if drm_config.adaptation == "lora":
             _add_lora(trunk, drm_config.lora_rank)
-        self.scorer = LatentScorer(trunk, RewardHead(trunk.dim, drm_config.head_width).to(pipe.device))
+        if drm_config.adaptation == "last-blocks":
+            trunk.tune(drm_config.tuned_blocks)
+        self.scorer = LatentScorer(trunk, head(trunk.dim, drm_config.head_width, outputs).to(pipe.device))
         self._conditioning = Conditioning(pipe)
         self._scoring = MicroBatch(_SCORE_BATCH)
         self.eval()
@@ -98,6 +104,10 @@ class DiffusionRewardModel(
         adaptation: Adaptation = "full",
         lora_rank: int = 16,
         head_width: int = 64,
+        head: HeadName = "conv",
+        output: OutputKind = "scalar",
+        grades: int = 9,
+        tuned_blocks: int = 1,
         backbone: str | None = None,
     ) -> Self:
         """An untrained DRM over a pipeline's denoiser.
@@ -111,13 +121,15 @@ class DiffusionRewardModel(
             adaptation: what is trained and saved besides the head.
             lora_rank: rank of the LoRA, where there is one.
             head_width: width of the reward head.
+            head, output, grades, tuned_blocks: as in `DRMConfig`.
             backbone: name written into the checkpoint; default the id the pipeline was loaded from.
         """
         names = block_names(denoiser_of(pipe))
         if blocks is None:
             blocks = 1 + max(map(names.index, taps)) if taps and set(taps) <= set(names) else round(len(names) * 7 / 8)
         name = backbone or model_name(str(pipe.config.get("_name_or_path") or ""))
-        return cls(pipe, DRMConfig(name, blocks, adaptation, lora_rank, head_width, tuple(taps)))
+        parts = {"head": head, "output": output, "grades": grades, "tuned_blocks": tuned_blocks}
+        return cls(pipe, DRMConfig(name, blocks, adaptation, lora_rank, head_width, tuple(taps), **parts))  # type: ignore[arg-type]
 
     # --- a reward of images, and a source of values ---
 
@@ -151,9 +163,14 @@ class DiffusionRewardModel(
         return self.scorer.trunk
 
     @property
-    def head(self) -> RewardHead:
+    def head(self) -> nn.Module:
         """The head that reads the trunk's features."""
         return self.scorer.head
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """What the denoiser is given for prompts."""
+        return self._conditioning
 
     @property
     def image_size(self) -> int:
@@ -207,8 +224,9 @@ class DiffusionRewardModel(
         times = torch.as_tensor(timestep, dtype=torch.float32).expand(len(latents))
 
         def scored(piece: slice) -> Tensor:
-            scores: Tensor = self.scorer(*self.inputs(latents[piece], times[piece], prompts[piece], grid))
-            return scores
+            outputs: Tensor = self.scorer(*self.inputs(latents[piece], times[piece], prompts[piece], grid))
+            means = mean_of(outputs, self.drm_config.output)
+            return (means - self.drm_config.score_mean) / self.drm_config.score_deviation
 
         with cast_weights_kept([self.trunk]):
             return torch.cat(self._scoring(scored, len(latents)))
@@ -249,6 +267,8 @@ class DiffusionRewardModel(
             saved |= {f"trunk.{k}": v for k, v in self.trunk.named_parameters()}
         elif self.drm_config.adaptation == "lora":
             saved |= {f"trunk.{k}": v for k, v in self.trunk.named_parameters() if "lora_" in k}
+        elif self.drm_config.adaptation == "last-blocks":
+            saved |= {f"trunk.{k}": v for k, v in self.trunk.tuned(self.drm_config.tuned_blocks)}
         return saved
 
     def _save_pretrained(self, save_directory: Path) -> None:

@@ -10,7 +10,17 @@ from torch.nn import functional as F
 
 from rsm_guidance.core.contracts import UsageError
 from rsm_guidance.reward_models.backbone import denoiser_of
-from rsm_guidance.reward_models.blocks import OUTPUTS, Grid, block_lists, block_names, cost_of, plane_of, width_of
+from rsm_guidance.reward_models.blocks import (
+    OUTPUTS,
+    Grid,
+    block_lists,
+    block_names,
+    cost_of,
+    plane_of,
+    prediction_plane,
+    prediction_width,
+    width_of,
+)
 
 
 class Trunk(nn.Module):
@@ -24,6 +34,7 @@ class Trunk(nn.Module):
         blocks: how many of its blocks to keep, from the input.
         taps: names of the blocks to read ("mid_block", "up_blocks.1", "transformer_blocks.5"); default the last kept.
         share: use the denoiser's own modules (for a frozen backbone) instead of a copy of what is kept.
+        predicts: read what the output layers make of the last kept block, instead of blocks.
 
     Attributes:
         taps: names of the blocks that are read.
@@ -31,7 +42,9 @@ class Trunk(nn.Module):
         depth_share: cost of a pass, as a share of one denoiser evaluation.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, blocks: int, taps: tuple[str, ...], share: bool) -> None:
+    def __init__(
+        self, pipe: DiffusionPipeline, blocks: int, taps: tuple[str, ...], share: bool, predicts: bool = False
+    ) -> None:
         super().__init__()
         denoiser = denoiser_of(pipe)
         names = block_names(denoiser)
@@ -48,10 +61,13 @@ class Trunk(nn.Module):
             )
         self._kept = kept[: 1 + max(kept.index(tap) for tap in self.taps)] if share else kept
         self.depth_share = cost_of(denoiser, kept) / cost_of(denoiser, names)
-        self.dim = sum(width_of(denoiser, tap) for tap in self.taps)
+        self._predicts = predicts
+        if predicts and "block_out_channels" in denoiser.config and blocks < len(names):
+            raise UsageError(f"the output layers of a UNet read all of its blocks: keep all {len(names)}; got {blocks}")
+        self.dim = prediction_width(denoiser) if predicts else sum(width_of(denoiser, tap) for tap in self.taps)
         self._shared = (denoiser,) if share else None  # in a tuple, so that its parameters are not ours
         if not share:
-            self.denoiser = copy.deepcopy(_shell(denoiser, kept)).requires_grad_(True)
+            self.denoiser = copy.deepcopy(_shell(denoiser, kept, predicts)).requires_grad_(True)
 
     @property
     def module(self) -> Any:
@@ -70,24 +86,44 @@ class Trunk(nn.Module):
         """
         module = self.module
         # A shared denoiser may have been changed since (LoRA, checkpointing), so its shell is made of what it is now.
-        shell = module if self._shared is None else _shell(module, self._kept)
+        shell = module if self._shared is None else _shell(module, self._kept, self._predicts)
         seen: dict[str, Tensor] = {}
         handles = [shell.get_submodule(tap).register_forward_hook(_Reader(seen, tap)) for tap in self.taps]
         hook = getattr(module, "_hf_hook", None) if self._shared is not None else None
         try:
             if hook is not None:  # offloading: brings the weights, which are the shell's, too
                 _, arguments = hook.pre_forward(module, **arguments)
-            shell(**arguments)
+            predicted = shell(**{**arguments, "return_dict": False})[0]
             if hook is not None:
                 hook.post_forward(module, None)
         finally:
             for handle in handles:
                 handle.remove()
+        if self._predicts:
+            plane = prediction_plane(predicted, grid)
+            return plane.flatten(2).transpose(1, 2), (plane.shape[-2], plane.shape[-1])
         read = [plane_of(module, tap, seen[tap], arguments, grid) for tap in self.taps]
         rows, columns = read[0].shape[-2:]
         planes = [p if p.shape[-2:] == (rows, columns) else F.adaptive_avg_pool2d(p, (rows, columns)) for p in read]
         features = planes[0] if len(planes) == 1 else torch.cat(planes, 1)
         return features.flatten(2).transpose(1, 2), (rows, columns)
+
+    def tuned(self, blocks: int) -> list[tuple[str, nn.Parameter]]:
+        """Parameters of the last kept blocks by name.
+
+        Raises:
+            UsageError: if fewer are kept.
+        """
+        if blocks > len(self._kept):
+            raise UsageError(f"tuned_blocks must be at most the {len(self._kept)} kept ones; got {blocks}")
+        starts = tuple(f"denoiser.{name}." for name in self._kept[-blocks:])
+        return [(name, p) for name, p in self.named_parameters() if name.startswith(starts)]
+
+    def tune(self, blocks: int) -> None:
+        """Let only the last kept blocks be trained."""
+        self.requires_grad_(False)
+        for _, parameter in self.tuned(blocks):
+            parameter.requires_grad_(True)
 
 
 class _Reader:
@@ -145,8 +181,8 @@ class _NoOutput(nn.Module):
         return hidden_states.new_zeros(shape)
 
 
-def _shell(denoiser: nn.Module, kept: list[str]) -> nn.Module:
-    """The denoiser over the same modules, without the blocks that are not kept, and without outputs."""
+def _shell(denoiser: nn.Module, kept: list[str], predicts: bool) -> nn.Module:
+    """The denoiser over the same modules, without the blocks that are not kept, and unless it `predicts` without outputs."""
     shell = copy.copy(denoiser)
     modules = dict(denoiser._modules)
     for name in block_lists(denoiser):
@@ -156,7 +192,7 @@ def _shell(denoiser: nn.Module, kept: list[str]) -> nn.Module:
             if name == "up_blocks":
                 ours += [_Skipped(b) for b in list(blocks)[len(ours) :]]
             modules[name] = _Lower(ours, len(blocks))
-    for name in OUTPUTS:
+    for name in () if predicts else OUTPUTS:
         layer = modules.get(name)
         if isinstance(layer, nn.ModuleDict):
             modules[name] = nn.ModuleDict({key: _NoOutput(part) for key, part in layer.items()})

@@ -1,34 +1,36 @@
-"""Training state on disk, which appears whole or not at all.
+"""Training state on disk: a folder `checkpoint-STEP` for each saved state, which appears whole or not at all.
 
 What is trained and its averages are safetensors, progress is JSON.  Optimiser, schedule and random numbers are what
 `Accelerator.save_state` writes: files of `torch.save`, which it reads with `weights_only=True`, so that tensors and plain
 containers come out of them and no code runs.  `register_for_checkpointing` is not used, because accelerate unpickles
 what it holds without that restriction.
+
+A folder is filled beside its place; its manifest, with the size of every file, is written last, and then it is moved.  The
+last state is the one of the highest step whose manifest agrees with its files; folders of other names are passed over.
 """
 
+import json
+import os
 import pickle
+import re
 import shutil
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from rsm_guidance.io.files import (
-    begin_folder,
-    commit_folder,
-    read_json,
-    read_tensors,
-    recover_folder,
-    write_json,
-    write_tensors,
-)
+from rsm_guidance.io.files import begin_folder, commit_folder, read_json, read_tensors, write_json, write_tensors
+from rsm_guidance.training.sharding import put, whole
 
 _OBJECTIVE, _AVERAGES, _PROGRESS = "objective.safetensors", "averages.safetensors", "progress.json"
+_MANIFEST = "manifest.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclass
@@ -55,21 +57,47 @@ class TrainState:
         return {name: p for name, p in self.objective.named_parameters() if p.requires_grad}
 
 
-def save_state(folder: Path, state: TrainState) -> None:
-    """Write `folder`, so that an interruption at any moment leaves the old state or the new one.
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole states that a folder holds, the last one first; damaged ones are warned about and left out.
 
-    Every process calls it.
+    Raises:
+        ValueError: if all are damaged.
     """
-    accelerator = state.accelerator
+    found: dict[int, Path] = {}
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = _NAME.fullmatch(path.name)
+        if match and path.is_dir():
+            found[int(match[1])] = path
+    whole = [path for _, path in sorted(found.items(), reverse=True) if _is_whole(path)]
+    if found and not whole:
+        raise ValueError(
+            f"cannot resume from {found[max(found)]}: files of it are damaged or missing; delete that folder to start afresh"
+        )
+    for path in found.values():
+        if path not in whole:
+            warnings.warn(f"{path} is not whole and is passed over", stacklevel=2)
+    return whole
+
+
+def latest(folder: Path) -> Path | None:
+    """The last whole state of a folder; None if there is none."""
+    return next(iter(checkpoints(folder)), None)
+
+
+def save_state(folder: Path, state: TrainState, keep: int = 1, settings: Mapping[str, Any] | None = None) -> Path:
+    """Write `folder`/checkpoint-STEP, and delete all but the `keep` last ones.
+
+    An interruption at any moment leaves the states that were there.  Every process calls it.
+    """
+    accelerator, place = state.accelerator, folder / f"checkpoint-{state.step:06d}"
+    fresh = place.with_name(place.name + ".new")
     if accelerator.is_main_process:
-        begin_folder(folder)
+        begin_folder(place)
     accelerator.wait_for_everyone()
-    fresh = folder.with_name(folder.name + ".new")
     handle = accelerator.register_save_state_pre_hook(lambda models, weights, path: weights.clear())
     try:
         accelerator.save_state(str(fresh))
-        if accelerator.is_main_process:
-            _write_own(fresh, state)
+        _write_own(fresh, state)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
@@ -77,20 +105,33 @@ def save_state(folder: Path, state: TrainState) -> None:
         handle.remove()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        commit_folder(folder)
+        sizes = {
+            path.relative_to(fresh).as_posix(): _on_disk(path) for path in sorted(fresh.rglob("*")) if path.is_file()
+        }
+        write_json(fresh / _MANIFEST, {"step": state.step, "settings": dict(settings or {}), "files": sizes})
+        _on_disk(fresh / _MANIFEST)
+        commit_folder(place)
+        for old in checkpoints(folder)[keep:]:
+            _delete(old)
+        for path in folder.iterdir():  # left by a process that was killed
+            if _NAME.fullmatch(path.stem) and path.suffix in (".old", ".new"):
+                shutil.rmtree(path, ignore_errors=True)
     accelerator.wait_for_everyone()
+    return place
 
 
-def load_state(folder: Path, state: TrainState) -> bool:
-    """Restore what `save_state` wrote; whether there was anything to resume from.  Every process calls it.
+def load_state(folder: Path, state: TrainState, settings: Mapping[str, Any] | None = None) -> None:
+    """Restore what `save_state` wrote into a folder.  Every process calls it.
 
     Raises:
-        ValueError: when the state is of another objective or is damaged.
+        ValueError: when it is no state, or of another objective or other settings, or is damaged.
     """
+    if not _is_whole(folder):
+        raise ValueError(
+            f"cannot resume from {folder}: it holds no whole training state; to start from finished weights use init_from"
+        )
+    _require_settings(folder, settings or {})
     accelerator = state.accelerator
-    with accelerator.main_process_first():
-        if not recover_folder(folder):
-            return False
     handle = accelerator.register_load_state_pre_hook(lambda models, path: models.clear())
     try:
         _read_own(folder, state)
@@ -104,17 +145,57 @@ def load_state(folder: Path, state: TrainState) -> bool:
         raise ValueError(f"cannot resume from {folder}: {why}; delete that folder to start afresh") from error
     finally:
         handle.remove()
-    return True
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        manifest = read_json(folder / _MANIFEST)
+        return all((folder / name).stat().st_size == size for name, size in manifest["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _require_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Raise a ValueError that names the first setting which is not as it was."""
+    before = read_json(folder / _MANIFEST)["settings"]
+    now = json.loads(json.dumps(dict(settings)))
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            raise ValueError(
+                f"cannot resume from {folder}: it was saved with {name}={before.get(name)!r}, and now it is "
+                f"{now.get(name)!r}; name another folder, or start from the finished weights with init_from"
+            )
+
+
+def _on_disk(path: Path) -> int:
+    """The size of a file, once it is on the disk and not only on its way."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return os.fstat(file.fileno()).st_size
+
+
+def _delete(folder: Path) -> None:
+    """Delete a state; its name goes first, so that what is half deleted is not taken for one."""
+    gone = folder.with_name(folder.name + ".old")
+    shutil.rmtree(gone, ignore_errors=True)
+    os.replace(folder, gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def _write_own(folder: Path, state: TrainState) -> None:
-    write_tensors(folder / _OBJECTIVE, _own_tensors(state.objective))
+    main = state.accelerator.is_main_process
+    own = whole(_own_tensors(state.objective))
+    if main:
+        write_tensors(folder / _OBJECTIVE, own)
     progress: dict[str, Any] = {"step": state.step, "history": state.history}
     if state.ema is not None:
         averages = state.ema.state_dict()
-        write_tensors(folder / _AVERAGES, dict(zip(state.trained, averages.pop("shadow_params"), strict=True)))
+        shadows = whole(dict(zip(state.trained, averages.pop("shadow_params"), strict=True)))
         progress["averages"] = averages
-    write_json(folder / _PROGRESS, progress)
+        if main:
+            write_tensors(folder / _AVERAGES, shadows)
+    if main:
+        write_json(folder / _PROGRESS, progress)
 
 
 def _read_own(folder: Path, state: TrainState) -> None:
@@ -134,7 +215,6 @@ def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in chain(trained, module.named_buffers()) if name in saved}
 
 
-@torch.no_grad()
 def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
     strange = sorted(source.keys() ^ target.keys())
     if strange:
@@ -143,4 +223,4 @@ def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
         if tensor.shape != source[name].shape:
             shapes = f"{list(source[name].shape)} and not {list(tensor.shape)}"
             raise ValueError(f"it is the state of another model: {name!r} is {shapes}")
-        tensor.copy_(source[name])
+        put(tensor, source[name])

@@ -163,7 +163,7 @@ def test_bad_input_exits_with_2_and_one_sentence(
 
 def test_impossible_training_settings_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        main(["train", "reward", "--steps", "0"])
+        main(["train", "shapes-reward", "--steps", "0"])
     assert stop.value.code == 2 and "steps must be at least 1; got 0" in capsys.readouterr().err
 
 
@@ -185,7 +185,7 @@ def test_config_file_is_overridden_by_options(tmp_path: Path, capsys: pytest.Cap
         "steps: 7\nlr: 1e-4\nbatch-groups: 3\ndata: here\ngroups:\n  siblings: 3\n  steps: 5\n  autocast: false\n"
     )
     for given in (["--config", str(config)], [f"--config={config}"]):
-        settings = parse(["train", "reward", *given, "--groups.steps", "9", "--seed", "4"]).settings
+        settings = parse(["train", "shapes-reward", *given, "--groups.steps", "9", "--seed", "4"]).settings
         assert (settings.steps, settings.lr, settings.batch_groups, settings.data) == (7, 1e-4, 3, Path("here"))
         assert (settings.groups.siblings, settings.groups.steps, settings.groups.autocast) == (3, 9, False)
         assert settings.seed == 4 and settings.prompts == 7200
@@ -194,19 +194,23 @@ def test_config_file_is_overridden_by_options(tmp_path: Path, capsys: pytest.Cap
     for text, words in (
         ("- 1\n", "must be a mapping"),
         ("steps: {", "is not YAML"),
-        ("stepz: 3\n", "has no option 'stepz'; it takes adaptation, batch_groups"),
-        ("groups:\n  siblingz: 3\n", "has no option 'groups.siblingz'; it takes autocast, batch_size"),
+        ("stepz: 3\n", "has no option 'stepz'; did you mean 'steps'? it takes adaptation, batch_groups"),
+        (
+            "groups:\n  siblingz: 3\n",
+            "has no option 'groups.siblingz'; did you mean 'groups.siblings'? it takes autocast, batch_size",
+        ),
         ("groups:\n  siblings: many\n", "cannot take groups.siblings='many': it must be a whole number"),
         ("groups:\n  siblings: 1\n", "siblings of groups must be at least 2; got 1"),
         ("adaptation: half\n", "must be one of 'frozen', 'lora', 'full'"),
     ):
         config.write_text(text)
-        assert words in fails(capsys, ["train", "reward", "--config", str(config)])
+        assert words in fails(capsys, ["train", "shapes-reward", "--config", str(config)])
 
 
-def test_the_committed_configuration_is_one() -> None:
-    config = Path(__file__).parents[2] / "configs" / "shapes_drm.yaml"
-    assert parse(["train", "reward", "--config", str(config), "--out", "x"]).settings.out == Path("x")
+def test_the_committed_configurations_are_some() -> None:
+    for config in (Path(__file__).parents[2] / "configs").glob("*.yaml"):
+        command = "shapes-reward" if "packaged" in config.name else "reward"
+        assert parse(["train", command, "--config", str(config), "--out", "x"]).settings.out == Path("x")
 
 
 def test_corrupt_weights_of_a_pipeline_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

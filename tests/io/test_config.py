@@ -107,7 +107,7 @@ def test_a_file_is_read_into_nested_dataclasses(tmp_path: Path) -> None:
         ("[1]", "must be a mapping of options; got list"),
         ("", "must be a mapping of options; got NoneType"),
         ("a: {", "is not YAML"),
-        ("inner:\n  chains: no\n", "cannot take inner.chains=False: it must be a whole number"),
+        ("inner:\n  chains: no\n", "cannot take inner.chains='no': it must be a whole number"),
         ("inner:\n  chains: -1\n", "chains must be at least 1; got -1"),
     ):
         path.write_text(text)
@@ -124,3 +124,34 @@ def test_a_file_is_read_into_nested_dataclasses(tmp_path: Path) -> None:
 def test_numbers_with_exponents_are_numbers() -> None:
     assert read_yaml("[1e-3, 1e3, .5e2, 1.e5, -2E+1]") == [1e-3, 1e3, 50.0, 1e5, -20.0]
     assert read_yaml("[1e, e3, 1.2.3, 12]") == ["1e", "e3", "1.2.3", 12]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4), ("1.e+3", 1e3), ("-.5E2", -50.0), ("12", 12), ("012", 12), ("0x1f", 31), (".inf", float("inf")),
+        ("no", "no"), ("off", "off"), ("Yes", "Yes"), ("y", "y"), ("true", True), ("False", False), ("null", None), ("~", None),
+        ("1:30", "1:30"), ("2024-01-02", "2024-01-02"), ("1_000", "1_000"), ("'5'", "5"), ("1.5", 1.5), ("e5", "e5"),
+    ],
+)  # fmt: skip
+def test_words_are_words_and_numbers_numbers(text: str, value: Any) -> None:
+    found = read_yaml(f"a: {text}")["a"]
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("chains: 3", "no option 'chains'; did you mean 'inner.chains'?"),
+        ("inner:\n  count: 3", "no option 'inner.count'; did you mean 'count'?"),
+        ("inner:\n  chians: 3", "no option 'inner.chians'; did you mean 'inner.chains'?"),
+        ("cuont: 3", "no option 'cuont'; did you mean 'count'?"),
+        ("other:\n  count: 3", "no option 'other'; it takes count"),
+        ("zzz: 3", "no option 'zzz'; it takes count, inner"),
+    ],
+)
+def test_an_unknown_or_misplaced_option_is_named_with_the_nearest_path(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UsageError) as error:
+        read_config(tmp_path / "c.yaml", Outer)
+    assert words in str(error.value)

@@ -132,7 +132,7 @@ def arguments(rng: random.Random) -> list[str]:
         "train reward": {
             "--config": lambda: option(["missing.yaml", "file.txt", "bad.yaml", "folder", "/dev/zero"]),
             "--out": lambda: option(["run", "file.txt"]),
-            "--prompts": lambda: option([n for n in NUMBERS if n not in _LONG]),
+            "--steps": lambda: option([n for n in NUMBERS if n not in _LONG]),
         },
         "benchmark values": {
             "--values": lambda: option(["", ",", "tweedie,x", "x"]),

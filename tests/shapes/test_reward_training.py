@@ -20,7 +20,7 @@ from rsm_guidance.shapes.training.hard_negatives import Renders, render_hard_neg
 from rsm_guidance.shapes.training.objective import renoise
 from rsm_guidance.shapes.training.reward import (
     RewardData,
-    RewardTrainConfig,
+    ShapesRewardConfig,
     build_objective,
     keep_best,
     train_reward,
@@ -28,7 +28,7 @@ from rsm_guidance.shapes.training.reward import (
 )
 from rsm_guidance.training import adamw
 
-TINY = RewardTrainConfig(
+TINY = ShapesRewardConfig(
     prompts=12,
     validation_prompts=8,
     steps=6,

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rsm_guidance.training.reward_model import MIN_PREFERENCE, bradley_terry_loss, pairs_won
+from rsm_guidance.training.reward_model.losses import MIN_PREFERENCE, bradley_terry_loss, pairs_won
 
 SCORES = torch.tensor([[1.0, 0.0, 3.0]])
 TARGETS = torch.tensor([[1.0, 0.0, 1.01]])  # 1 and 1.01 are no preference

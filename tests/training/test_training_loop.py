@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rsm_guidance.training import Batches, LoopConfig, adamw, cosine, fit
 from rsm_guidance.training import loop as loops
+from rsm_guidance.training.checkpoint import latest
 
 
 class Sums(nn.Module):
@@ -54,6 +55,16 @@ def train(
     return objective
 
 
+def state(folder: Path) -> Path:
+    found = latest(folder / "state")
+    assert found is not None
+    return found
+
+
+def progress(folder: Path) -> dict[str, Any]:
+    return json.loads((state(folder) / "progress.json").read_text())
+
+
 def same(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
@@ -85,7 +96,7 @@ def test_ctrl_c_ends_the_step_and_resuming_equals_never_having_stopped(
     whole = train(tmp_path / "whole", decay=decay)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "parts", objective=stopping(after, ctrl_c)(), decay=decay)
-    assert json.loads((tmp_path / "parts/state/progress.json").read_text())["step"] == after
+    assert progress(tmp_path / "parts")["step"] == after
     assert same(train(tmp_path / "parts", decay=decay), whole)
 
 
@@ -93,7 +104,7 @@ def test_a_crash_goes_on_from_the_last_saved_state(tmp_path: Path) -> None:
     whole = train(tmp_path / "whole")
     with pytest.raises(RuntimeError, match="out of memory"):
         train(tmp_path / "parts", objective=stopping(8, crash)())
-    assert json.loads((tmp_path / "parts/state/progress.json").read_text())["step"] == 5
+    assert progress(tmp_path / "parts")["step"] == 5
     assert same(train(tmp_path / "parts"), whole)
 
 
@@ -121,13 +132,12 @@ def test_evaluation_sees_the_averages_and_its_history_survives(tmp_path: Path) -
             )
             return {"weight": measured[-1]["weight"]}
 
-        progress = folder / "state/progress.json"
-        already = len(json.loads(progress.read_text())["history"]) if progress.exists() else 0
+        already = len(progress(folder)["history"]) if (folder / "state").exists() else 0
         train(folder, objective=objective, evaluate=evaluate)
-        return json.loads(progress.read_text())["history"], objective
+        return progress(folder)["history"], objective
 
     def live(folder: Path) -> float:
-        return load_file(folder / "state/objective.safetensors")["out.weight"].sum().item()
+        return load_file(state(folder) / "objective.safetensors")["out.weight"].sum().item()
 
     history, whole = run(tmp_path / "whole", Sums())
     assert [entry["step"] for entry in history] == [5, 10, 12] and {"weight", "loss", "error"} <= history[0].keys()
@@ -136,6 +146,21 @@ def test_evaluation_sees_the_averages_and_its_history_survives(tmp_path: Path) -
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "parts", stopping(7, ctrl_c)())
     assert run(tmp_path / "parts", Sums())[0] == history
+
+
+def test_an_evaluation_that_fails_leaves_the_weights_that_are_trained(tmp_path: Path) -> None:
+    objective, seen = Sums(), []
+
+    def fails(past: list[dict[str, float]]) -> dict[str, float]:
+        seen.append(objective.out.weight.clone())
+        raise RuntimeError("no metric")
+
+    with pytest.raises(RuntimeError, match="no metric"):
+        train(tmp_path, objective=objective, evaluate=fails)
+    live = Sums()
+    train(tmp_path / "other", steps=5, objective=live)
+    raw = load_file(state(tmp_path / "other") / "objective.safetensors")["out.weight"]
+    assert torch.equal(objective.out.weight, raw) and not torch.equal(seen[0], raw) and objective.training
 
 
 def test_every_trainable_tensor_moves_and_no_other(tmp_path: Path) -> None:
@@ -150,14 +175,14 @@ def test_every_trainable_tensor_moves_and_no_other(tmp_path: Path) -> None:
 def test_a_frozen_backbone_is_not_saved(tmp_path: Path) -> None:
     train(tmp_path, objective=Sums(frozen=True))
     names = {"hidden.weight", "hidden.bias", "out.weight", "out.bias"}
-    assert load_file(tmp_path / "state/objective.safetensors").keys() == names | {"seen"}
-    assert load_file(tmp_path / "state/averages.safetensors").keys() == names
+    assert load_file(state(tmp_path) / "objective.safetensors").keys() == names | {"seen"}
+    assert load_file(state(tmp_path) / "averages.safetensors").keys() == names
 
 
 def test_training_learns(tmp_path: Path) -> None:
     history: list[dict[str, float]] = []
     train(tmp_path, evaluate=lambda past: history.extend(past[-1:]) or {})
-    history = json.loads((tmp_path / "state/progress.json").read_text())["history"]
+    history = progress(tmp_path)["history"]
     first = Sums()(torch.arange(10), torch.Generator())["loss"].item()
     assert history[-1]["loss"] < first / 2
 
@@ -172,7 +197,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_spoils_the_weights(tmp_path: 
     with pytest.raises(FloatingPointError, match="loss nan.*lower the learning rate"):
         train(tmp_path, objective=objective)
     assert all(bool(p.isfinite().all()) for p in objective.parameters())
-    assert json.loads((tmp_path / "state/progress.json").read_text())["step"] == 5
+    assert progress(tmp_path)["step"] == 5
 
 
 class Payload:
@@ -187,13 +212,17 @@ class Payload:
 @pytest.mark.parametrize("name", ["optimizer.bin", "scheduler.bin", "random_states_0.pkl"])
 def test_no_file_of_a_state_can_run_code(tmp_path: Path, name: str) -> None:
     train(tmp_path, steps=5)
-    assert sorted(p.name for p in (tmp_path / "state").iterdir()) == [
-        "averages.safetensors", "objective.safetensors", "optimizer.bin", "progress.json", "random_states_0.pkl",
-        "scheduler.bin",
+    assert sorted(p.name for p in state(tmp_path).iterdir()) == [
+        "averages.safetensors", "manifest.json", "objective.safetensors", "optimizer.bin", "progress.json",
+        "random_states_0.pkl", "scheduler.bin",
     ]  # fmt: skip
+    saved = state(tmp_path)
     for write in (pickle.dump, torch.save):
-        with open(tmp_path / "state" / name, "wb") as file:
+        with open(saved / name, "wb") as file:
             write(Payload(tmp_path / "ran"), file)
+        manifest = json.loads((saved / "manifest.json").read_text())
+        manifest["files"][name] = (saved / name).stat().st_size  # as one would who means harm
+        (saved / "manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(ValueError, match="cannot resume from .*delete that folder"):
             train(tmp_path)
         assert not (tmp_path / "ran").exists()
@@ -215,7 +244,8 @@ def test_a_damaged_or_foreign_state_is_refused_with_a_sentence(tmp_path: Path) -
         train(tmp_path, objective=Wider())
     with pytest.raises(ValueError, match=r"another model: 'out.weight' is \[1, 8\] and not \[2, 8\]"):
         train(tmp_path, objective=Broader())
-    (tmp_path / "state/objective.safetensors").write_bytes(b"broken")
+    damaged = state(tmp_path) / "objective.safetensors"
+    damaged.write_bytes(b"x" * damaged.stat().st_size)
     with pytest.raises(ValueError, match="cannot resume from"):
         train(tmp_path)
 
@@ -230,7 +260,7 @@ def test_a_crash_while_saving_leaves_the_old_state(tmp_path: Path, monkeypatch: 
     with pytest.raises(OSError, match="No space"):
         train(tmp_path)
     monkeypatch.undo()
-    assert json.loads((tmp_path / "state/progress.json").read_text())["step"] == 5
+    assert progress(tmp_path)["step"] == 5
     assert same(train(tmp_path), train(tmp_path / "whole"))
 
 

@@ -53,8 +53,8 @@ class Entry:
 class PreferenceData:
     """Preferences with a length and items, for a `DataLoader`; tensors are read when an item is asked for.
 
-    An item is a mapping: `first` and `second` (latents), `source_latents` for edits, `probability`, `weight` and `index`
-    as numbers (float32, float32, int), `prompt` as text, and the embeddings of the prompt by their names.
+    An item is a mapping: `first` and `second` (latents), `source_latents` for edits, `probability`, `weight`, `index`
+    and `bucket` as numbers (float32, float32, int, int), `prompt` as text, and the embeddings of the prompt by their names.
 
     Attributes:
         shards: files of tensors.
@@ -79,6 +79,7 @@ class PreferenceData:
             "probability": torch.tensor(entry.probability),
             "weight": torch.tensor(entry.weight),
             "index": index,
+            "bucket": entry.bucket,
         }
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

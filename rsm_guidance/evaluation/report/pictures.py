@@ -1,5 +1,7 @@
 """Grids of images with captions under them."""
 
+import bisect
+
 from PIL import Image, ImageDraw, ImageFont
 
 
@@ -36,8 +38,9 @@ def grid(rows: list[list[tuple[Image.Image, str]]], cell: int = 192, title: list
 def _shorten(
     text: str, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
 ) -> str:
-    if draw.textlength(text, font=font) <= width:
+    if len(text) <= width and draw.textlength(text, font=font) <= width:  # a letter is at least a pixel wide
         return text
-    while text and draw.textlength(text + "…", font=font) > width:
-        text = text[:-1]
-    return text + "…"
+    fitting = bisect.bisect_right(
+        range(min(len(text), width)), width, key=lambda n: draw.textlength(text[: n + 1] + "…", font=font)
+    )
+    return text[:fitting] + "…"

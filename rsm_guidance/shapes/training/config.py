@@ -57,7 +57,7 @@ class GroupConfig:
 
 
 @dataclass(frozen=True)
-class RewardTrainConfig:
+class ShapesRewardConfig:
     """Training of a diffusion reward model on the shapes world.
 
     Attributes:

@@ -14,7 +14,7 @@ from rsm_guidance.reward_models import DiffusionRewardModel
 from rsm_guidance.shapes.training.groups import BranchGroups
 from rsm_guidance.shapes.training.hard_negatives import Renders
 from rsm_guidance.shapes.training.objects import ObjectHead
-from rsm_guidance.training.reward_model import bradley_terry_loss
+from rsm_guidance.training.reward_model.losses import bradley_terry_loss
 
 _RENDERED_WEIGHT = 0.5
 

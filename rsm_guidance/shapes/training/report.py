@@ -9,7 +9,7 @@ from rsm_guidance.core.random import generator_of
 from rsm_guidance.io.files import write_atomically
 from rsm_guidance.reward_models import DiffusionRewardModel
 from rsm_guidance.shapes.training.groups import BranchGroups
-from rsm_guidance.training.reward_model import pairs_won
+from rsm_guidance.training.reward_model.losses import pairs_won
 
 SIGMAS = (0.05, 0.2, 0.4, 0.6, 0.75, 0.85, 0.92, 0.97)
 _FEW_PAIRS = 20

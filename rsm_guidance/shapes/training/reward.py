@@ -1,4 +1,4 @@
-"""Trains a diffusion reward model on the shapes world: `rsm-guidance train reward`.
+"""Trains a diffusion reward model on the shapes world: `rsm-guidance train shapes-reward`.
 
 What it is trained for is in `training.objective`; the loop is `rsm_guidance.training`.
 """
@@ -16,12 +16,13 @@ from rsm_guidance.core.random import generator_of
 from rsm_guidance.io.files import write_json
 from rsm_guidance.reward_models import DiffusionRewardModel, load_backbone
 from rsm_guidance.shapes.scenes import Caption, caption_set, random_caption
-from rsm_guidance.shapes.training.config import RewardTrainConfig
+from rsm_guidance.shapes.training.config import ShapesRewardConfig
 from rsm_guidance.shapes.training.groups import BranchGroups, generate_groups
 from rsm_guidance.shapes.training.hard_negatives import Renders, render_hard_negatives
 from rsm_guidance.shapes.training.objective import Preferences
 from rsm_guidance.shapes.training.report import report_accuracy, validation_accuracy
 from rsm_guidance.training import Batches, LoopConfig, adamw, cosine, fit
+from rsm_guidance.training.data import process_state
 from rsm_guidance.training.loop import Metrics
 from rsm_guidance.training.optim import freeze_unreached
 
@@ -39,7 +40,7 @@ class RewardData:
     renders: Renders
 
 
-def train_reward(config: RewardTrainConfig) -> dict[str, Any]:
+def train_reward(config: ShapesRewardConfig) -> dict[str, Any]:
     """Generate data, train, keep the best checkpoint by held-out accuracy, and write model, report and plot.
 
     Resumes where it was interrupted.  Returns the report.
@@ -74,7 +75,7 @@ def train_reward(config: RewardTrainConfig) -> dict[str, Any]:
     return report
 
 
-def reward_data(pipe: DiffusionPipeline, config: RewardTrainConfig, held_out: list[Caption]) -> RewardData:
+def reward_data(pipe: DiffusionPipeline, config: ShapesRewardConfig, held_out: list[Caption]) -> RewardData:
     """Generate, or read, what the configuration asks for; validated on samples of held-out captions."""
     captions = caption_set(config.prompts, config.seed, held_out=False)
     folder = Path(config.data or Path(config.out) / "data")
@@ -86,7 +87,7 @@ def reward_data(pipe: DiffusionPipeline, config: RewardTrainConfig, held_out: li
     return RewardData(train, samples.every_other(0), samples.every_other(1), renders)
 
 
-def untrained(pipe: DiffusionPipeline, config: RewardTrainConfig) -> DiffusionRewardModel:
+def untrained(pipe: DiffusionPipeline, config: ShapesRewardConfig) -> DiffusionRewardModel:
     """The reward model that a run begins with.
 
     Raises:
@@ -103,7 +104,7 @@ def untrained(pipe: DiffusionPipeline, config: RewardTrainConfig) -> DiffusionRe
     )
 
 
-def build_objective(pipe: DiffusionPipeline, data: RewardData, config: RewardTrainConfig) -> Preferences:
+def build_objective(pipe: DiffusionPipeline, data: RewardData, config: ShapesRewardConfig) -> Preferences:
     """An untrained reward model and its objective; what the scores do not depend on is frozen."""
     drm = untrained(pipe, config)
     with torch.no_grad():  # text features are kept, and round as their batch does: a resumed run is to find the same
@@ -117,7 +118,7 @@ def build_objective(pipe: DiffusionPipeline, data: RewardData, config: RewardTra
 def keep_best(drm: DiffusionRewardModel, groups: BranchGroups, past: list[Metrics], folder: Path) -> Metrics:
     """Accuracies on validation groups; saves the model if their mean is above those of the past."""
     accuracy = validation_accuracy(drm, groups)
-    if accuracy["mean"] > max((entry["mean"] for entry in past), default=-1.0):
+    if accuracy["mean"] > max((entry["mean"] for entry in past), default=-1.0) and process_state().is_main_process:
         drm.save_pretrained(folder)
     return accuracy
 

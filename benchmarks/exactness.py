@@ -1,7 +1,9 @@
 """Samplers against the exact tilted posterior of Gaussian mixtures: `python -m benchmarks.exactness --help`.
 
-Per case, schedule, value and number of particles: the error of E[r], of log Z and of the mode weights, with standard errors
-over independent prompts.  What remains at many particles is the discretisation of the chain.
+All settings are those that a user gets by default, but for the number of particles, and the mixtures are such as no test uses.
+Per case, schedule, value and number of particles: the error of E[r], of the weighted particles and of the returned samples, of
+log Z and of the mode weights, with standard errors over independent prompts.  What remains at many particles is the
+discretisation of the chain.
 """
 
 import json
@@ -20,10 +22,10 @@ from rsm_guidance.core.errors import UsageError
 from rsm_guidance.core.ledger import Ledger
 from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.core.schedule import NoiseSchedule
-from rsm_guidance.core.transitions import DDIM
+from rsm_guidance.core.transitions import CPS, DDIM
 from rsm_guidance.evaluation.report.tables import table
 from rsm_guidance.io.files import write_atomically, write_json
-from rsm_guidance.oracles.cases import CASES, MixtureValue
+from rsm_guidance.oracles.cases import CASES, HELD_OUT, MixtureValue
 from rsm_guidance.oracles.mixture import (
     GaussianMixture,
     GaussianMixtureDenoiser,
@@ -34,6 +36,7 @@ from rsm_guidance.oracles.mixture import (
 from rsm_guidance.samplers import (
     BestOfN,
     FKSteering,
+    PsiSampler,
     Sampler,
     SamplerOutput,
     Task,
@@ -45,7 +48,8 @@ from rsm_guidance.samplers import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_ANCESTRAL = DDIM(1.0)
+_CASES = CASES | HELD_OUT
+_ANCESTRAL = DDIM(1.0)  # the default of the samplers
 _CHUNK = 50_000  # plain runs at once
 
 
@@ -67,7 +71,7 @@ class Exactness:
 
     out: Path = Path("benchmarks/results/exactness.json")
     particles: tuple[int, ...] = (4, 16, 64, 256)
-    cases: tuple[str, ...] = tuple(CASES)
+    cases: tuple[str, ...] = tuple(HELD_OUT)
     steps: int = 100
     work: int = 12_800
     chain: int = 500_000
@@ -76,18 +80,22 @@ class Exactness:
 
 Sized = Callable[[int], Sampler]
 EXACT: dict[str, Sized] = {
-    "fk-steering": lambda k: FKSteering(k, returned="sample", transition=_ANCESTRAL),
-    "fk-steering, vasr": lambda k: FKSteering(k, threshold=1.0, returned="sample", transition=_ANCESTRAL),
-    "smc": lambda k: TwistedSMC(k, returned="sample", transition=_ANCESTRAL),
-    "smc, power 1": lambda k: TwistedSMC(k, power=1.0, returned="sample", transition=_ANCESTRAL),
-    "tree-sampling": lambda k: TreeSampling(k, transition=_ANCESTRAL),
+    "fk-steering": lambda k: FKSteering(k),
+    "smc": lambda k: TwistedSMC(k),
+    "smc, power 1": lambda k: TwistedSMC(k, power=1.0),
+    "psi": lambda k: PsiSampler(k),
+    "tree-sampling": lambda k: TreeSampling(k),
 }
-GREEDY: dict[str, Sized] = {"best-of-n (greedy)": lambda k: BestOfN(k, _ANCESTRAL)}
+OTHER: dict[str, Sized] = {
+    "fk-steering, cps 0.9 (of its chain)": lambda k: FKSteering(k, transition=CPS(0.9)),
+    "fk-steering, best (greedy)": lambda k: FKSteering(k, returned="best"),
+    "best-of-n (greedy)": lambda k: BestOfN(k, _ANCESTRAL),
+}
 
 
 def mixture_task(case: str, schedule: NoiseSchedule, prompts: int, exact: bool, seed: int = 0) -> Task:
     """A sampling task on a case, under the exact value or Tweedie's estimate."""
-    mixture, reward = CASES[case]
+    mixture, reward = _CASES[case]
     names = [f"point {i}" for i in range(prompts)]
     denoiser = GaussianMixtureDenoiser(mixture, schedule, names, seed)
     value = MixtureValue(mixture, reward, denoiser, exact)
@@ -97,19 +105,19 @@ def mixture_task(case: str, schedule: NoiseSchedule, prompts: int, exact: bool, 
 def errors(output: SamplerOutput, mixture: GaussianMixture, reward: QuadraticReward) -> dict[str, Any]:
     """Errors (estimate - exact) and standard errors of E[r] and log Z, and the total variation of the mode weights."""
     tilted, log_z = tilt(mixture, reward)
-    candidates = output.trace["candidates"]
-    rewards = torch.tensor(candidates["rewards"], dtype=torch.float64)
-    if output.log_normalizer is None:  # greedy: what it returns is its answer
-        assert output.rewards is not None
-        means = output.rewards
-    else:
-        means = (torch.tensor(candidates["log_weights"], dtype=torch.float64).exp() * rewards).sum(1)
+    exact, returned = expected_reward(tilted, reward), output.rewards
+    assert returned is not None
+    means = returned  # a greedy method answers by what it returns
+    if output.particles is not None and output.trace["target"] is not None:
+        means = torch.tensor([p.mean_reward for p in output.particles], dtype=torch.float64)
     count = len(means)
     nearest = tilted.component_log_prob(output.latents.double()).argmax(1)
     weights = torch.bincount(nearest, minlength=len(tilted.weights)).double() / count
     found = {
-        "reward_error": float(means.mean() - expected_reward(tilted, reward)),
+        "reward_error": float(means.mean() - exact),
         "reward_standard_error": float(means.std() / count**0.5),
+        "returned_error": float(returned.mean() - exact),
+        "returned_standard_error": float(returned.std() / count**0.5),
         "mode_total_variation": float((weights - tilted.weights).abs().sum() / 2),
         "mode_noise": float((tilted.weights * (1 - tilted.weights) / count).sqrt().sum() / math.sqrt(2 * math.pi)),
     }
@@ -125,7 +133,7 @@ def discretisation(case: str, schedule: NoiseSchedule, runs: int, seed: int = 0)
 
     By importance weights over plain runs.  Samplers of this chain converge to its values, not to those of the mixture.
     """
-    mixture, reward = CASES[case]
+    mixture, reward = _CASES[case]
     tilted, log_z = tilt(mixture, reward)
     generator = torch.Generator().manual_seed(seed)
     denoiser = GaussianMixtureDenoiser(mixture, schedule, [])
@@ -156,9 +164,9 @@ def run_exactness(config: Exactness) -> dict[str, Any]:
     Raises:
         UsageError: for an unknown case.
     """
-    unknown = sorted(set(config.cases) - CASES.keys())
+    unknown = sorted(set(config.cases) - _CASES.keys())
     if unknown:
-        raise UsageError(f"unknown case {unknown[0]!r}; choose from {', '.join(CASES)}")
+        raise UsageError(f"unknown case {unknown[0]!r}; choose from {', '.join(_CASES)}")
     schedules = {
         "flow": NoiseSchedule.flow(config.steps),
         "vp": NoiseSchedule.variance_preserving(config.steps),
@@ -196,7 +204,7 @@ def _cells(config: Exactness, schedules: list[str]) -> list[dict[str, Any]]:
         for case in config.cases
         for schedule in schedules
         for value in ("exact", "tweedie")
-        for name in (*EXACT, *(GREEDY if value == "exact" else ()))
+        for name in (*EXACT, *(OTHER if value == "exact" else ()))
         for k in config.particles
         if value == "exact" or name != "tree-sampling"  # it reads no values
     ]
@@ -205,8 +213,8 @@ def _cells(config: Exactness, schedules: list[str]) -> list[dict[str, Any]]:
 def _measured(cell: dict[str, Any], schedule: NoiseSchedule, seed: int) -> dict[str, Any]:
     """A cell with its errors."""
     task = mixture_task(cell["case"], schedule, cell["prompts"], cell["value"] != "tweedie", seed)
-    output = run((EXACT | GREEDY)[cell["sampler"]](cell["particles"]), task)
-    return cell | errors(output, *CASES[cell["case"]])
+    output = run((EXACT | OTHER)[cell["sampler"]](cell["particles"]), task)
+    return cell | errors(output, *_CASES[cell["case"]])
 
 
 def _found(path: Path, settings: dict[str, int]) -> list[dict[str, Any]]:
@@ -233,8 +241,9 @@ class _Point:
 
 
 def _mean_over_cases(result: dict[str, Any], key: str) -> dict[tuple[str, str], list[_Point]]:
-    """Points per sampler and value."""
+    """Points per sampler and value; `key` is "reward" (of weighted particles), "returned" or "log_z"."""
     chains = {(c["case"], c["schedule"]): c for c in result["discretisation"]}
+    known = "reward" if key == "returned" else key
     lines: dict[tuple[str, str], list[_Point]] = {}
     cells = [c for c in result["cells"] if f"{key}_error" in c]
     for name, kind in dict.fromkeys((c["sampler"], c["value"]) for c in cells):
@@ -244,9 +253,9 @@ def _mean_over_cases(result: dict[str, Any], key: str) -> dict[tuple[str, str], 
             sizes, chain_errors, deviations = [], [], []
             for cell in at:
                 chain = chains[cell["case"], cell["schedule"]]
-                error = math.hypot(cell[f"{key}_standard_error"], chain[f"{key}_standard_error"])
+                error = math.hypot(cell[f"{key}_standard_error"], chain[f"{known}_standard_error"])
                 sizes.append(abs(cell[f"{key}_error"]))
-                chain_errors.append(abs(cell[f"{key}_error"] - chain[f"{key}_error"]))
+                chain_errors.append(abs(cell[f"{key}_error"] - chain[f"{known}_error"]))
                 deviations.append(chain_errors[-1] / error)
             point = _Point(k, float(np.mean(sizes)), float(np.mean(chain_errors)), max(deviations))
             lines.setdefault((name, kind), []).append(point)
@@ -283,21 +292,22 @@ def plot(result: dict[str, Any]) -> "Figure":
 def exactness_table(result: dict[str, Any]) -> str:
     """Mean absolute errors over cases and schedules, as a Markdown table.
 
-    Its last columns are the largest deviation, of all cells with the most particles, from the chain's own values.
+    Its last columns are the largest deviation, of all cells with the most particles, from the values of the default chain: of E[r]
+    by weighted particles, of E[r] of returned samples, and of log Z.
     """
-    rewards, normalizers = _mean_over_cases(result, "reward"), _mean_over_cases(result, "log_z")
+    rewards, normalizers, returned = (_mean_over_cases(result, key) for key in ("reward", "log_z", "returned"))
     sizes = sorted({c["particles"] for c in result["cells"]})
     head = ["sampler", "value", *(f"{what}, K={k}" for what in ("E[r]", "log Z") for k in sizes)]
     rows = []
     for (name, kind), points in rewards.items():
         other = normalizers.get((name, kind), [])
         errors_of = [f"{p.error:.3f}" for p in points] + ([f"{p.error:.3f}" for p in other] or [""] * len(sizes))
-        last = [f"{p[-1].deviation:.1f}" if p else "" for p in (points, other)]
+        last = [f"{p[-1].deviation:.1f}" if p else "" for p in (points, returned[name, kind], other)]
         rows.append([name, kind, *errors_of, *last])
     chains = result["discretisation"]
     worst = {key: max(abs(c[f"{key}_error"]) for c in chains) for key in ("reward", "log_z")}
-    return table([*head, "E[r], largest deviation", "log Z"], rows) + (
-        f"\n\nDeviations are in standard errors, from the tilted law of the {result['steps']}-level chain, which differs from the "
+    return table([*head, "E[r], largest deviation", "E[r] returned", "log Z"], rows) + (
+        f"\n\nDeviations are in standard errors, from the tilted law of the {result['steps']}-level default chain, which differs from the "
         f"exact one by up to {worst['reward']:.3f} in E[r] and {worst['log_z']:.3f} in log Z."
     )
 

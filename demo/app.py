@@ -170,6 +170,8 @@ def build_demo(model: str = "shapes", reward: str = "shapes-drm") -> gr.Blocks:
     def handler(prompt: str, sampler: str, candidates: float, seed: float | None, steps: float) -> Iterator[tuple]:
         if seed is None:
             raise gr.Error("the seed is empty; give a whole number", print_exception=False)
+        if not prompt.strip():
+            raise gr.Error("the prompt is empty; say what to draw", print_exception=False)
 
         def work(report: Callable[[Preview], None], stop: Event) -> Outcome:
             call = replace(defaults, steps=int(steps)).call()

@@ -17,6 +17,7 @@ COMMANDS = {
     "evaluate": "rsm_guidance.cli.evaluate:Evaluate",
     "families": "rsm_guidance.cli.families:Families",
     "rewards": "rsm_guidance.cli.rewards:Rewards",
+    "data check": "rsm_guidance.cli.data:DataCheck",
     "train reward": "rsm_guidance.cli.train:TrainReward",
     "train base": "rsm_guidance.cli.train:TrainBase",
     "benchmark engine": "rsm_guidance.cli.benchmark:BenchmarkEngine",
@@ -30,7 +31,7 @@ Every command has --help with examples. Where an error is more than bad input, {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; exits with 0, 2 (bad input) or 130 (interrupted).
+    """Run one command; exits with 0, 2 (bad input) or 130 (interrupted); `data check` also with 1.
 
     What a user's reward raises comes through with its traceback, and with --debug every error.
     """

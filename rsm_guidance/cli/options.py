@@ -44,8 +44,24 @@ class ModelOptions:
     """Denoising steps; default: the model's own."""
     guidance_scale: float | None = None
     """Scale of classifier-free guidance; default: the model's own."""
+    negative_prompt: str | None = None
+    """What to keep away from, where the pipeline takes it."""
+    height: int | None = None
+    """Height in pixels; default: the model's own."""
+    width: int | None = None
+    """Width in pixels; default: the model's own."""
+    frames: int | None = None
+    """Frames of a video; default: the model's own."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Precision of the pipeline."""
+    device: str | None = None
+    """Where it runs (cpu, cuda, cuda:1, mps); default: an accelerator where there is one."""
+    offload: Literal["none", "model", "sequential"] = "none"
+    """Keep weights in main memory and move one model, or one layer, at a time to the accelerator."""
+    scheduler: str | None = None
+    """Class of another diffusers scheduler, such as EulerAncestralDiscreteScheduler."""
+    lora: tuple[str, ...] = ()
+    """LoRA adapters, each as PATH or PATH:SCALE: .safetensors files, folders or hub ids."""
 
     def load(self) -> Model:
         """Load the pipeline, and the reward onto it: a diffusion reward model shares its modules.
@@ -54,13 +70,30 @@ class ModelOptions:
             UsageError: if either cannot be found or loaded.
         """
         from rsm_guidance.evaluation.generate import Generation
-        from rsm_guidance.pipelines.load import load_pipeline
+        from rsm_guidance.pipelines.load import load_pipeline, require_device, require_loras
 
         quiet_libraries()
+        loras = require_loras(self.lora)
+        require_device(self.device, self.offload)
         check_reward(self.reward)
-        generation = Generation.for_model(self.model, self.steps, self.guidance_scale)
-        pipe = load_pipeline(self.model, self.dtype)
+        sizes = {"height": self.height, "width": self.width, "frames": self.frames}
+        generation = Generation.for_model(
+            self.model, self.steps, self.guidance_scale, negative_prompt=self.negative_prompt, **sizes
+        )
+        pipe = load_pipeline(self.model, self.dtype, self.device, self.offload, self.scheduler, loras)
+        require_arguments(pipe, generation.call())
         return Model(pipe, load_reward(self.reward, pipe), generation)
+
+
+def require_arguments(pipe: DiffusionPipeline, call: dict[str, Any]) -> None:
+    """Raise a UsageError for an option that the pipeline's call does not take."""
+    import inspect
+
+    taken = inspect.signature(type(pipe).__call__).parameters
+    for name in call:
+        if name not in taken:
+            option = {"num_frames": "frames", "num_inference_steps": "steps"}.get(name, name).replace("_", "-")
+            raise UsageError(f"{type(pipe).__name__} takes no {name}; leave --{option} out")
 
 
 ModelGroup = Annotated[ModelOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="model and reward", help="")]

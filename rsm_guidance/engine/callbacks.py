@@ -24,6 +24,11 @@ def replayed(callback: object) -> bool:
     return isinstance(callback, PipelineCallback | MultiPipelineCallbacks)
 
 
+def unwatched(call: Mapping[str, Any], told: bool = False) -> dict[str, Any]:
+    """A call without the caller's callback, and unless it is `told`, without diffusers' own."""
+    return {n: v for n, v in call.items() if n not in NAMES or (told and replayed(v))}
+
+
 class ForEveryRow(PipelineCallback):
     """A callback that keeps the conditioning of every row.
 

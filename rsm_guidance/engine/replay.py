@@ -9,8 +9,9 @@ gradient mode holds, so DDP, FSDP, `torch.compile` and gradient checkpointing se
     prediction = replay.denoise(x, levels=torch.tensor([0, 7, 3]), rows=torch.tensor([0, 0, 1]))
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from rsm_guidance.engine.denoiser import PipelineDenoiser
 from rsm_guidance.engine.families import denoisers_of
 from rsm_guidance.engine.learning import Learner
 from rsm_guidance.engine.readout import Branch, Readout, learn_readout
-from rsm_guidance.engine.recording import Blanks, Visit, ask, visits
+from rsm_guidance.engine.recording import Answer, Blanks, Visit, ask, visits
 from rsm_guidance.engine.schedulers import Levels
 
 
@@ -105,13 +106,17 @@ class Replay:
         random = torch.Generator().manual_seed(1)
         x, other = (torch.randn(initial.shape, generator=random).to(initial) for _ in range(2))
         blanks = Blanks(initial)
+
+        def record(latents: Tensor, rows: tuple[int, ...], answer: Answer) -> Iterator[Visit]:
+            return visits(denoiser.pipe, partial(denoiser.rehearse, latents, rows), latents, answer)
+
         if outputs:
-            first = next(iter(visits(denoiser, x[:1], base[:1], ask)), None)
+            first = next(iter(record(x[:1], base[:1], ask)), None)
             for call in first.calls if first is not None else ():
                 blanks.seen[call.name] = (call.output, 1)
-        seen = list(visits(denoiser, x, base, blanks))
-        others = list(visits(denoiser, other, base, blanks))
-        more = next(iter(visits(denoiser, torch.cat([x, x[:1]]), (*base, 0), blanks)), None)
+        seen = list(record(x, base, blanks))
+        others = list(record(other, base, blanks))
+        more = next(iter(record(torch.cat([x, x[:1]]), (*base, 0), blanks)), None)
         if not seen or more is None:
             raise NotReplayable(f"{type(denoiser.pipe).__name__} ended without calling scheduler.step")
         calls = tuple(RecordedCall(*call) for call in Learner(seen, others, more, count).calls())

@@ -1,5 +1,6 @@
 """Making images for many prompts under one sampler."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -39,6 +40,9 @@ __all__ = [
 ]
 
 
+_LARGEST = 100_000  # steps, pixels along a side, frames
+
+
 @dataclass(frozen=True)
 class Generation:
     """Arguments of the pipeline call; None leaves the pipeline's own default."""
@@ -47,6 +51,8 @@ class Generation:
     guidance_scale: float | None = None
     height: int | None = None
     width: int | None = None
+    frames: int | None = None
+    negative_prompt: str | None = None
 
     def call(self) -> dict[str, Any]:
         """Keyword arguments of the stock call."""
@@ -55,28 +61,37 @@ class Generation:
             "guidance_scale": self.guidance_scale,
             "height": self.height,
             "width": self.width,
+            "num_frames": self.frames,
+            "negative_prompt": self.negative_prompt,
         }
         return {k: v for k, v in given.items() if v is not None}
 
     @staticmethod
-    def for_model(model: str, steps: int | None = None, guidance_scale: float | None = None) -> "Generation":
+    def for_model(
+        model: str, steps: int | None = None, guidance_scale: float | None = None, **others: Any
+    ) -> "Generation":
         """A packaged model's measured settings where the caller gives none; other models keep their defaults.
 
         Args:
             model: name or folder of a packaged model, or any other folder or hub id.
             steps: denoising steps.
             guidance_scale: of classifier-free guidance.
+            others: fields besides.
 
         Raises:
-            UsageError: for fewer than one step.
+            UsageError: for a size below one.
         """
-        if steps is not None and steps < 1:
-            raise UsageError(f"--steps must be at least 1; got {steps}")
+        for name, size in {"steps": steps, **others}.items():
+            if isinstance(size, int) and not 1 <= size <= _LARGEST:
+                raise UsageError(f"--{name} must be at least 1 and at most {_LARGEST}; got {size}")
+        if guidance_scale is not None and not math.isfinite(guidance_scale):
+            raise UsageError(f"--guidance-scale must be a finite number; got {guidance_scale}")
         packaged = packaged_model(model)
         measured = {} if packaged is None else packaged.call
         return Generation(
             measured.get("num_inference_steps") if steps is None else steps,
             measured.get("guidance_scale") if guidance_scale is None else guidance_scale,
+            **others,
         )
 
 
@@ -120,7 +135,10 @@ def generate(
             chosen = indices[start : start + batch_size]
             batch = [prompts[i] for i in chosen]
             began = time.perf_counter()
-            out = pipe(prompt=batch, sampler=sampler, reward=reward, seed=named, budget=budget, **generation.call())
+            call = generation.call()
+            if isinstance(call.get("negative_prompt"), str):
+                call["negative_prompt"] = [call["negative_prompt"]] * len(batch)
+            out = pipe(prompt=batch, sampler=sampler, reward=reward, seed=named, budget=budget, **call)
             if out.ledger.stopped == "interrupted":
                 raise KeyboardInterrupt
             seconds = (time.perf_counter() - began) / len(batch)

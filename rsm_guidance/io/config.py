@@ -17,6 +17,7 @@ import yaml
 from pydantic import ConfigDict, InstanceOf, TypeAdapter, ValidationError
 
 from rsm_guidance.core.errors import UsageError
+from rsm_guidance.io.files import read_text
 
 T = TypeVar("T")
 
@@ -43,7 +44,7 @@ def read_config(path: Path, cls: type[T]) -> T:
     """
     subject = f"the configuration {path}"
     try:
-        data = read_yaml(path.read_text(encoding="utf-8"))
+        data = read_yaml(read_text(path))
     except OSError as error:
         raise UsageError(f"cannot read {subject}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

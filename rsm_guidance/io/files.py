@@ -5,10 +5,12 @@ torch, numpy and Pillow are loaded by the functions that need them, so that the 
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,23 +20,29 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_LARGEST_TEXT = 256 * 2**20
+
+
 def require_writable(path: Path) -> Path:
-    """The path itself, checked before long work: its folder is made, and a file can be written there.
+    """The path itself, checked before long work: a file can be written there.  Nothing is made yet.
 
     Raises:
         ValueError: if not, saying why.
     """
     try:
-        if path.parent.is_file():
-            raise ValueError(f"cannot write {path}: {path.parent} is a file; name a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise ValueError(f"cannot write {path}: it is a folder; name a file")
-        probe = path.with_name(path.name + ".partial")
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror or error}") from error
+        if path.exists() and not path.is_file():
+            raise ValueError(f"cannot write {path}: it is no regular file")
+        there = path.resolve().parent
+        while not there.exists():
+            there = there.parent
+        if not there.is_dir():
+            raise ValueError(f"cannot write {path}: {there} is a file; name a folder")
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except (OSError, RuntimeError) as error:  # loops of links, names that are too long
+        raise ValueError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
     return path
 
 
@@ -141,9 +149,29 @@ def require_image_name(path: Path) -> Path:
     return require_writable(path)
 
 
-def write_image(path: Path, image: Image.Image) -> None:
-    """Write an image atomically, in the format its suffix names."""
-    write_atomically(path, image.save)
+def write_image(path: Path, image: Image.Image, **options: Any) -> None:
+    """Write an image atomically, in the format its suffix names, with options of `Image.save`."""
+    write_atomically(path, lambda partial: image.save(partial, **options))
+
+
+def read_text(path: Path, encoding: str = "utf-8") -> str:
+    """The text of a regular file; reading a device or a pipe might never end.
+
+    Raises:
+        OSError: if there is none, or it is another kind of file or too large.
+        UnicodeDecodeError: if it is no text.
+    """
+    require_regular(path)
+    if path.stat().st_size > _LARGEST_TEXT:
+        raise OSError(errno.EFBIG, f"it has more than {_LARGEST_TEXT >> 20} MiB")
+    return path.read_text(encoding=encoding)
+
+
+def require_regular(path: Path) -> Path:
+    """The path itself, if a regular file is there; else an OSError."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is a folder" if path.is_dir() else "it is no regular file")
+    return path
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -153,7 +181,7 @@ def read_prompts(path: Path) -> list[str]:
         ValueError: if the file is missing, not UTF-8, empty, or a line has no prompt.
     """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        lines = [line.strip() for line in read_text(path, "utf-8-sig").splitlines()]
     except OSError as error:
         raise ValueError(f"cannot read the prompts file {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
@@ -173,6 +201,23 @@ def read_prompts(path: Path) -> list[str]:
     return lines
 
 
+def _upright(file: Image.Image) -> Image.Image:
+    """RGB, as a viewer shows it: turned as the camera was, 16 bits scaled to eight, what is transparent on white."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(file)
+    if image.mode.startswith(("I", "F")):
+        numbers = np.asarray(image, dtype=np.float64)
+        largest = 65535.0 if image.mode.startswith("I") and numbers.max() > 255 else 255.0
+        image = Image.fromarray((numbers / largest * 255).clip(0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
 def read_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
     """An image file as [1, 3, H, W] in [0, 1], resized to `size` (width, height) if given.
 
@@ -184,9 +229,9 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
+        with Image.open(require_regular(path)) as file:
+            image = _upright(file)
+    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read the image {path}: {error}") from error
     if size is not None and image.size != size:
         image = image.resize(size, Image.Resampling.BICUBIC)

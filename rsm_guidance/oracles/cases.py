@@ -17,11 +17,11 @@ def _ring(count: int, radius: float) -> list[list[float]]:
     return [[radius * math.cos(a), radius * math.sin(a)] for a in angles]
 
 
-def _random(seed: int) -> tuple[GaussianMixture, QuadraticReward]:
+def _random(seed: int, modes: int = 5, dimension: int = 3) -> tuple[GaussianMixture, QuadraticReward]:
     generator = torch.Generator().manual_seed(seed)
-    means = 3 * torch.randn(5, 3, generator=generator, dtype=torch.float64)
-    weights = torch.rand(5, generator=generator, dtype=torch.float64) + 0.1
-    center = torch.randn(3, generator=generator, dtype=torch.float64)
+    means = 3 * torch.randn(modes, dimension, generator=generator, dtype=torch.float64)
+    weights = torch.rand(modes, generator=generator, dtype=torch.float64) + 0.1
+    center = torch.randn(dimension, generator=generator, dtype=torch.float64)
     return GaussianMixture(weights.log(), means, torch.tensor(0.4)), QuadraticReward.around(center, 0.15)
 
 
@@ -40,6 +40,31 @@ CASES: dict[str, tuple[GaussianMixture, QuadraticReward]] = {
     ),
     "random": _random(0),
 }
+
+HELD_OUT: dict[str, tuple[GaussianMixture, QuadraticReward]] = {
+    "skewed": (
+        GaussianMixture.from_weights([0.6, 0.3, 0.1], [[-2.5], [0.5], [3.5]], [[0.5], [0.15], [0.3]]),
+        QuadraticReward.around([2.5], 0.3),
+    ),
+    "anisotropic": (
+        GaussianMixture.from_weights(
+            [0.4, 0.1, 0.2, 0.3],
+            [[-3.0, -1.0], [3.0, 2.0], [0.0, 3.0], [1.0, -3.0]],
+            [[1.0, 0.1], [0.2, 0.8], [0.3, 0.3], [0.1, 1.2]],
+        ),
+        QuadraticReward(torch.tensor([0.7, 0.5]), torch.tensor([0.0, 0.1])),
+    ),
+    "spiral": (
+        GaussianMixture.from_weights(
+            [1.0 + k % 3 for k in range(10)],
+            [[(1 + 0.4 * k) * math.cos(0.9 * k), (1 + 0.4 * k) * math.sin(0.9 * k)] for k in range(10)],
+            0.2,
+        ),
+        QuadraticReward.around([-2.0, 1.0], [0.3, 0.5]),
+    ),
+    "six": _random(6, 6, 6),
+}
+"""Mixtures that no test uses, for the exactness benchmark."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub.constants import HF_HUB_OFFLINE
 
 from rsm_guidance.core.errors import UsageError
-from rsm_guidance.engine.families import require_drivable, why_not
+from rsm_guidance.engine.families import require_pausable, why_not
 from rsm_guidance.io.names import model_location
 from rsm_guidance.pipelines.guided import reward_guided
 
@@ -59,9 +59,9 @@ class RewardGuidedPipeline:
         """Share the modules of a pipeline, stock or already guided, in their own dtype.
 
         Raises:
-            UsageError: if it cannot be guided.
+            UsageError: if it has no denoising loop. What else speaks against guiding it, a guided call says.
         """
-        require_drivable(pipeline)
+        require_pausable(pipeline)
         stock: Any = type(pipeline)
         guided: Any = next((c for c in stock.__mro__ if "stock_call" in vars(c)), None)
         pipe: DiffusionPipeline = (guided or reward_guided(stock)).from_pipe(pipeline, **kwargs)

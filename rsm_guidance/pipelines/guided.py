@@ -16,9 +16,10 @@ from diffusers.utils import BaseOutput
 from rsm_guidance.core.contracts import Reward, ValueSource
 from rsm_guidance.core.errors import UsageError
 from rsm_guidance.core.ledger import Budget, Ledger
-from rsm_guidance.core.random import Purpose, RandomStreams
+from rsm_guidance.core.random import Purpose, RandomStreams, derive_seed, generator_of
 from rsm_guidance.engine import PipelineDenoiser
-from rsm_guidance.engine.families import prompts_of
+from rsm_guidance.engine.driver import rows_of
+from rsm_guidance.engine.families import prompts_of, require_drivable, traits_of, why_not
 from rsm_guidance.engine.turns import turn_of
 from rsm_guidance.rewards import name_of, resolve_reward
 from rsm_guidance.samplers import Monitor, Progress, Sampler, SamplerOutput, Task, Watch, parse_sampler, run
@@ -34,12 +35,18 @@ class GuidedPipelineOutput(BaseOutput):
         rewards: float per image by the final judge, or None without one.
         ledger: what the call spent.
         trace: JSON-serialisable record of every candidate, score and choice.
+        log_normalizer: float per image, an estimate of log E[exp(reward / temperature)], where the sampler gives one.
+        log_weights: per image the normalised log-weights of all its finished particles, whose rewards are
+            `trace["candidates"]["rewards"]`; None for samplers without weights.  They belong to the particles, not to the
+            images: an image drawn by weight has none.
     """
 
     images: Any
     rewards: list[float] | None
     ledger: Ledger
     trace: dict[str, Any]
+    log_normalizer: list[float] | None = None
+    log_weights: list[list[float]] | None = None
 
     @classmethod
     def of(cls, stock: BaseOutput, **ours: Any) -> "GuidedPipelineOutput":
@@ -105,6 +112,8 @@ def reward_guided(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
     @functools.wraps(stock_call)
     def __call__(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
         given = {p.name: kwargs.pop(p.name, p.default) for p in ours}
+        if given.get("sampler") is not None:
+            require_drivable(self)
         if len(args) >= len(names):
             raise TypeError(
                 f"{type(self).__name__} takes at most {len(names) - 1} positional arguments, {len(args)} given"
@@ -127,6 +136,9 @@ def reward_guided(base: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
         """Share another pipeline's modules, in their own dtype (the stock method casts them to float32)."""
         if "torch_dtype" not in kwargs:
             kwargs.setdefault("dtype", pipeline.dtype)
+        if isinstance(pipeline, base):  # settings that its class takes and does not write into its configuration
+            settings = inspect.signature(base.__init__).parameters.keys() - pipeline.config.keys() - {"self"}
+            kwargs = {n: getattr(pipeline, n) for n in settings if hasattr(pipeline, n)} | kwargs
         shared: DiffusionPipeline = super(guided, cls).from_pipe(pipeline, **kwargs)  # type: ignore[misc]
         return shared
 
@@ -163,15 +175,18 @@ def _call(
 ) -> Any:
     seed, generator = _integer(ours.pop("seed", None)), call.get("generator")
     if sampler is not None:
-        _check_prompt(call)
-    prompts = prompts_of(call)
+        if "prompt" in traits_of(pipe).parameters:
+            _check_prompt(call)
+    counts = sampler is not None or (seed is not None and why_not(type(pipe)) is None)  # type: ignore[arg-type]
+    prompts = rows_of(pipe, call) if counts else prompts_of(call)
     if seed is not None and generator is not None:
         raise UsageError("pass either seed or generator, not both")
     if seed is None and sampler is not None:
         seed = _seed_of(generator)
     streams = RandomStreams.for_prompts(seed or 0, prompts)
     if seed is not None and generator is None:
-        call["generator"] = [streams.generator(row, Purpose.INITIAL, 0) for row in range(len(prompts))]
+        each = [streams.generator(row, Purpose.INITIAL, 0) for row in range(len(prompts))]
+        call["generator"] = each or generator_of(seed, Purpose.INITIAL)
     if sampler is None:
         given = [name for name, value in ours.items() if value is not None]
         if given:
@@ -180,16 +195,20 @@ def _call(
             )
         return stock_call(pipe, **call)
     chosen = parse_sampler(sampler) if isinstance(sampler, str) else sampler
+    drawn = (
+        None if generator is not None else derive_seed(streams.seed, "global")
+    )  # what stock draws without a generator
     with torch.inference_mode(
         False
     ):  # under it nothing could be differentiated, and no tensor says whether it was changed
-        return _guided(pipe, {n: _ordinary(v) for n, v in call.items()}, streams, chosen, **ours)
+        return _guided(pipe, {n: _ordinary(v) for n, v in call.items()}, streams, drawn, chosen, **ours)
 
 
 def _guided(
     pipe: DiffusionPipeline,
     call: dict[str, Any],
     streams: RandomStreams,
+    drawn: int | None,
     sampler: Sampler,
     reward: Any = None,
     value: Any = None,
@@ -205,7 +224,7 @@ def _guided(
     ledger = Ledger(budget if isinstance(budget, Budget) else Budget(evaluations=budget), images=count)
     columns = _columns(reward_columns or {}, count)
     texts = _texts(call, reward_prompt, count, final)
-    with torch.no_grad(), closing(PipelineDenoiser(pipe, call)) as denoiser:
+    with torch.no_grad(), closing(PipelineDenoiser(pipe, call, drawn)) as denoiser:
         task = Task(denoiser, streams, ledger, final, source, columns=columns, prompts=texts)
         if monitor is not None:
             watching = monitor if isinstance(monitor, Monitor) else Monitor(resolve_reward(monitor, pipe))
@@ -218,8 +237,14 @@ def _guided(
     output.trace["ledger"] = ledger.to_dict()  # now with the final decode
     if as_tuple:
         return stock.to_tuple()
-    rewards = None if output.rewards is None else output.rewards.tolist()
-    return GuidedPipelineOutput.of(stock, rewards=rewards, ledger=output.ledger, trace=output.trace)
+    ours = {
+        "rewards": None if output.rewards is None else output.rewards.tolist(),
+        "ledger": output.ledger,
+        "trace": output.trace,
+        "log_normalizer": None if output.log_normalizer is None else output.log_normalizer.tolist(),
+        "log_weights": None if output.particles is None else [p.log_weights.tolist() for p in output.particles],
+    }
+    return GuidedPipelineOutput.of(stock, **ours)
 
 
 def scoring(reward: Any, value: Any, pipe: DiffusionPipeline) -> tuple[Reward | None, ValueSource | None]:

@@ -13,7 +13,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from rsm_guidance.core.contracts import UsageError
 from rsm_guidance.engine import PipelineDenoiser
@@ -36,6 +36,7 @@ class Conditioning:
         self._pipes = [p for p in (_sibling(pipe), pipe) if p is not None]
         self._recorded: dict[tuple[Any, ...], Replay] = {}
         self._bytes = 0
+        self._encoders: object = None
 
     def arguments(self, latents: Tensor, timesteps: Tensor, prompts: list[str], grid: Grid) -> dict[str, Any]:
         """What the denoiser is called with, by name.
@@ -59,9 +60,10 @@ class Conditioning:
     def _replay(self, prompts: list[str], shape: tuple[int, ...], grid: Grid) -> Replay:
         """The recording of prompts for latents of a shape."""
         missing = [p for p in prompts if (p, shape, grid) not in self._recorded]
-        if missing and self._bytes > _CACHED_BYTES:
+        encoders = _state_of_encoders(self._pipes[-1])
+        if encoders != self._encoders or (missing and self._bytes > _CACHED_BYTES):
             self._recorded.clear()
-            self._bytes, missing = 0, prompts
+            self._encoders, self._bytes, missing = encoders, 0, prompts
         self._record(missing, shape, grid)
         parts = [self._recorded[p, shape, grid] for p in prompts]
         try:
@@ -157,7 +159,8 @@ def _call(pipe: DiffusionPipeline, prompts: list[str], shape: tuple[int, ...], g
     if getattr(denoiser_of(pipe).config, "encoder_hid_dim_type", None) == "ip_image_proj":
         settings["ip_adapter_image"] = [blank] * len(denoiser_of(pipe).encoder_hid_proj.image_projection_layers)
     call = {name: value for name, value in settings.items() if name in parameters}
-    return call | {"prompt": prompts, "num_inference_steps": 2}
+    drawn = [torch.Generator().manual_seed(0) for _ in prompts]  # pictures are encoded alike whatever the batch
+    return call | {"prompt": prompts, "num_inference_steps": 2, "generator": drawn}
 
 
 def _pixels(pipe: DiffusionPipeline, shape: tuple[int, ...], grid: Grid) -> tuple[int, int]:
@@ -165,3 +168,14 @@ def _pixels(pipe: DiffusionPipeline, shape: tuple[int, ...], grid: Grid) -> tupl
     scale = int(getattr(pipe, "vae_scale_factor", None) or pipe.vae_scale_factor_spatial)
     rows, columns = (2 * grid[0], 2 * grid[1]) if len(shape) == 2 else shape[-2:]  # packed two by two
     return rows * scale, columns * scale
+
+
+def _state_of_encoders(pipe: DiffusionPipeline) -> tuple[object, ...]:
+    """What changes when the words of a pipeline change their meaning: textual inversion, an adapter, training."""
+    state: list[object] = []
+    for name, part in pipe.components.items():
+        if name.startswith("tokenizer") and hasattr(part, "__len__"):
+            state.append(len(part))
+        elif name.startswith("text_encoder") and isinstance(part, nn.Module):
+            state += [(id(p), p._version) for p in part.parameters() if not p.is_inference()]
+    return tuple(state)

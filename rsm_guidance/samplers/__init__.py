@@ -6,7 +6,7 @@ from rsm_guidance.samplers.best_of_n import BestOfN
 from rsm_guidance.samplers.demon import Demon
 from rsm_guidance.samplers.fk_steering import FKSteering
 from rsm_guidance.samplers.funnel import Funnel
-from rsm_guidance.samplers.kernel import Info, Kernel, Result, Sampler, SamplerOutput, State
+from rsm_guidance.samplers.kernel import Info, Kernel, Particles, Result, Sampler, SamplerOutput, State
 from rsm_guidance.samplers.lidar import Lidar
 from rsm_guidance.samplers.monitor import Monitor, Watch
 from rsm_guidance.samplers.noise_optimization import NoiseOptimization
@@ -38,6 +38,7 @@ __all__ = [
     "Monitor",
     "NoiseOptimization",
     "NoiseSearch",
+    "Particles",
     "Progress",
     "PsiSampler",
     "Result",

@@ -45,21 +45,41 @@ class State:
 
 
 @dataclass(frozen=True)
+class Particles:
+    """All finished particles of one prompt: sum_k exp(log_weights_k) f(latents_k) estimates E*[f] under the tilted law.
+
+    Attributes:
+        latents: clean latents [K, ...].
+        rewards: float64 [K].
+        log_weights: float64 [K], normalised: the weights sum to one.
+    """
+
+    latents: Tensor
+    rewards: Tensor
+    log_weights: Tensor
+
+    @property
+    def mean_reward(self) -> float:
+        """The weighted mean of the rewards, an estimate of E*[r]."""
+        return float((self.log_weights.exp() * self.rewards).sum())
+
+
+@dataclass(frozen=True)
 class Result:
     """What a method returns.
 
     Attributes:
         latents: clean latents [B, ...].
         rewards: float64 [B], or None where they have not been scored.
-        log_weights: float64 [B] of the returned samples, or None for greedy methods.
         log_normalizer: float64 [B], estimate of log E[exp(r / lambda)], or None without one.
+        particles: those of every prompt [B], for weighted methods that have come to their end; else None.
         sections: further sections of the trace.
     """
 
     latents: Tensor
     rewards: Tensor | None = None
-    log_weights: Tensor | None = None
     log_normalizer: Tensor | None = None
+    particles: list[Particles] | None = None
     sections: dict[str, Any] = field(default_factory=dict)
 
 
@@ -105,16 +125,17 @@ class SamplerOutput:
     Attributes:
         latents: clean latents [B, ...].
         rewards: float64 [B] of the final scores, or None without any.
-        log_weights: float64 [B], log importance weights of the returned samples (0 for greedy samplers).
-        log_normalizer: float64 [B], estimate of log E[exp(r)] per prompt, or None where the sampler gives none.
+        log_normalizer: float64 [B], estimate of log E[exp(r / lambda)] per prompt, or None where the sampler gives none.
+        particles: all finished particles of every prompt [B] with their weights, from weighted methods; else None.  The
+            latents themselves carry no weight: a method that samples has drawn them by weight already.
         ledger: what was spent.
         trace: JSON-serialisable record of every candidate, score and choice.
     """
 
     latents: Tensor
     rewards: Tensor | None
-    log_weights: Tensor
     log_normalizer: Tensor | None
+    particles: list[Particles] | None
     ledger: Ledger
     trace: dict[str, Any]
 
@@ -147,6 +168,11 @@ class Sampler(ABC):
     def stepping(self) -> Transition:
         """The transition that is really used."""
         return self.transition
+
+    @property
+    def target(self) -> str | None:
+        """The law that returned latents follow in the limit of many particles; None for methods that maximise."""
+        return None
 
     def described(self) -> dict[str, Any]:
         """Name and settings, JSON-serialisable."""
@@ -239,6 +265,14 @@ def best_of(task: Task, x: Tensor, k: int) -> Result:
     rewards = table(scores, k)
     best, chosen = rewards.max(1)
     return Result(pick(x, chosen, k), best, sections={"candidates": candidates_of(rewards, chosen)})
+
+
+def tilted_law(transition: Transition) -> str:
+    """What a method that is exact for its chain samples under a transition."""
+    law = "p(x) exp(r(x) / temperature) / Z"
+    if transition.keeps_marginals:
+        return law
+    return f"{law} with the p of this chain: {transition} does not keep the model's marginals"
 
 
 def candidates_of(rewards: Tensor, chosen: Tensor, log_weights: Tensor | None = None) -> dict[str, Any]:

@@ -14,7 +14,17 @@ from rsm_guidance.core.random import Purpose
 from rsm_guidance.core.resampling import Scheme, resample
 from rsm_guidance.core.transitions import Transition
 from rsm_guidance.core.weights import choose, effective_sample_size, log_mean_exp, normalize
-from rsm_guidance.samplers.kernel import Result, State, candidates_of, pick, places, table
+from rsm_guidance.samplers.kernel import (
+    Particles,
+    Result,
+    State,
+    candidates_of,
+    grouped,
+    pick,
+    places,
+    table,
+    tilted_law,
+)
 from rsm_guidance.samplers.task import Task
 
 
@@ -24,6 +34,11 @@ def require_stochastic(transition: Transition, count: int) -> None:
         raise ValueError(
             "particles need a stochastic transition (ddim, cps, flow_sde, glass): copies would stay copies"
         )
+
+
+def target_of(transition: Transition, returned: Literal["best", "sample"]) -> str | None:
+    """The law of what `concluded` returns, in the limit of many particles; None for the best."""
+    return tilted_law(transition) if returned == "sample" else None
 
 
 def particles(task: Task, x: Tensor, k: int, **carried: Tensor) -> State:
@@ -77,18 +92,23 @@ def final_table(task: Task, state: State) -> Tensor | None:
 
 
 def concluded(task: Task, state: State, rewards: Tensor, returned: Literal["best", "sample"]) -> Result:
-    """One particle per prompt, when the last weights are in: by its reward [B, K], or drawn by its weight."""
+    """One particle per prompt, when the last weights are in: by its reward [B, K], or drawn by its weight; and all of them.
+
+    A draw by weight is a sample of the target, up to a bias of order 1 / K; it has no weight any more.  Where there was nothing to
+    choose, now or at a resampling, it is particle 0, the unguided run.
+    """
     weights = normalize(state.log_weights)
     if returned == "best":
         chosen = rewards.argmax(1)
     else:
         uniform = [task.streams.uniform(row, Purpose.DRAW) for row in range(task.count)]
         chosen = choose(weights, torch.tensor(uniform, dtype=torch.float64))
-    picked = (task.rows, chosen)
+        alike = (weights == weights[:, :1]).all(1) & (state.log_normalizer == 0)
+        chosen = torch.where(alike, 0, chosen)
     return Result(
         pick(state.x, chosen, state.k),
-        rewards[picked],
-        weights[picked],
+        rewards[task.rows, chosen],
         state.log_normalizer + log_mean_exp(state.log_weights),
+        [Particles(*each) for each in zip(grouped(state.x, state.k), rewards, weights, strict=True)],
         {"candidates": candidates_of(rewards, chosen, weights)},
     )

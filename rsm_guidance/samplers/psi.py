@@ -30,7 +30,7 @@ from torch import Tensor
 from rsm_guidance.core.random import Purpose
 from rsm_guidance.core.resampling import Scheme
 from rsm_guidance.core.rows import rows_where
-from rsm_guidance.core.transitions import CPS, GaussianTransition, require_gaussian
+from rsm_guidance.core.transitions import DDIM, GaussianTransition, require_gaussian
 from rsm_guidance.rollouts.collect import interleave
 from rsm_guidance.samplers import kernel, population
 from rsm_guidance.samplers.gradients import value_and_gradient
@@ -144,7 +144,8 @@ class PsiSampler(Sampler):
         transition: how to step; a stochastic one.
         largest_shift: bound on a proposal's move, in standard deviations per dimension.
         jacobian: differentiate through the denoiser, where the value reads its estimate.
-        returned: "best" returns the particle of highest reward, "sample" draws one by weight, a sample of the target.
+        returned: "sample" draws a particle by weight, a sample of the target; "best" takes the one of highest reward, which
+            maximises.
     """
 
     name: ClassVar[str] = "psi"
@@ -155,14 +156,18 @@ class PsiSampler(Sampler):
     gradient: bool = False
     threshold: float = 0.5
     resampling: Scheme = "systematic"
-    transition: GaussianTransition = CPS(0.9)
+    transition: GaussianTransition = DDIM(1.0)
     largest_shift: float = TwistedSMC.largest_shift
     jacobian: bool = True
-    returned: Literal["best", "sample"] = "best"
+    returned: Literal["sample", "best"] = "sample"
 
     def __post_init__(self) -> None:
         require_gaussian(self.transition, "copies of a particle have to part", noisy=True)
         self._smc()  # checks the rest
+
+    @property
+    def target(self) -> str | None:
+        return population.target_of(self.transition, self.returned)
 
     def _smc(self) -> TwistedSMC:
         return TwistedSMC(

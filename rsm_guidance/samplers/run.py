@@ -5,8 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from rsm_guidance.core.contracts import StopRequested, UsageError
 from rsm_guidance.rewards import name_of
 from rsm_guidance.samplers.kernel import Info, Result, Sampler, SamplerOutput
@@ -110,6 +108,7 @@ def _opened(sampler: Sampler, task: Task) -> dict[str, Any]:
     """A trace with the sampler's settings, the prompts and, where the run steps by itself, the noise levels."""
     return {
         "sampler": sampler.described(),
+        "target": sampler.target,
         "prompts": list(task.denoiser.prompts),
         "seed": task.streams.seed,
         "steps": task.steps,
@@ -131,9 +130,9 @@ def _closed(task: Task, result: Result, trace: dict[str, Any]) -> SamplerOutput:
     task.ledger.finish()
     trace["rewards"] = None if rewards is None else [r if math.isfinite(r) else None for r in rewards.tolist()]
     trace["ledger"] = task.ledger.to_dict()
-    zero = torch.zeros(task.count, dtype=torch.float64)
-    weights = zero if result.log_weights is None else result.log_weights
-    return SamplerOutput(result.latents, rewards, weights, result.log_normalizer, task.ledger, trace)
+    normalizer = result.log_normalizer
+    trace["log_normalizer"] = None if normalizer is None else normalizer.tolist()
+    return SamplerOutput(result.latents, rewards, normalizer, result.particles, task.ledger, trace)
 
 
 @contextmanager

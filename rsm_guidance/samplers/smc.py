@@ -42,7 +42,8 @@ class TwistedSMC(Kernel):
         gradient: whether proposals follow the value's gradient, or step as the base model does.
         jacobian: differentiate through the denoiser, where the value reads its estimate.
         checkpoint: recompute activations on the way back instead of keeping them: less memory, a forward pass more.
-        returned: "best" returns the particle of highest reward, "sample" draws one by weight, a sample of the target.
+        returned: "sample" draws a particle by weight, a sample of the target; "best" takes the one of highest reward, which
+            maximises.
     """
 
     name: ClassVar[str] = "smc"
@@ -57,7 +58,7 @@ class TwistedSMC(Kernel):
     gradient: bool = True
     jacobian: bool = True
     checkpoint: bool = False
-    returned: Literal["best", "sample"] = "best"
+    returned: Literal["sample", "best"] = "sample"
 
     def __post_init__(self) -> None:
         kernel.at_least(self, 1, "particles")
@@ -66,6 +67,10 @@ class TwistedSMC(Kernel):
         kernel.share(self, "threshold")
         kernel.one_of(self, resampling=tuple(SCHEMES), returned=("best", "sample"))
         require_gaussian(self.transition, "copies of a particle have to part", noisy=True)
+
+    @property
+    def target(self) -> str | None:
+        return population.target_of(self.transition, self.returned)
 
     def check(self, task: Task) -> None:
         if task.value is None:

@@ -32,16 +32,18 @@ def start(config: Tempered, count: int, k: int) -> dict[str, Tensor]:
     return {"potentials": zero, "running": zero - torch.inf if config.potential == "max" else zero, "gamma": zero}
 
 
-def increment(config: Tempered, state: State, phi: Tensor) -> Tensor:
-    """log G_t [B, K] of the tempered values phi [B, K]."""
+def potential(config: Tempered, state: State, phi: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """What is carried on [B, K], and log G_t [B, K], of the tempered values phi [B, K] at one of so many weighed levels."""
     if config.potential == "difference":
-        return phi - state.carried["potentials"]
+        return phi, phi - state.carried["potentials"]
     if config.potential == "max":
-        return torch.maximum(state.carried["running"], phi)
-    return state.carried["running"] + phi
+        running = torch.maximum(state.carried["running"], phi)
+        return running, running / levels
+    running = state.carried["running"] + phi
+    return running, running / (levels * (levels + 1) / 2)
 
 
-def gamma(config: Tempered, state: State, values: Tensor, progress: float) -> Tensor:
+def gamma(config: Tempered, state: State, values: Tensor, progress: float, levels: int) -> Tensor:
     """gamma [B, K] of a level, for values V / lambda [B, K]; `progress` is the share of the run that lies behind.
 
     "adaptive" takes the largest gamma, from that of the level before on, with which `threshold` K effective particles
@@ -53,7 +55,7 @@ def gamma(config: Tempered, state: State, values: Tensor, progress: float) -> Te
         return torch.full_like(values, progress**config.power)
 
     def enough(trial: Tensor) -> Tensor:
-        weights = state.log_weights + increment(config, state, trial[:, None] * values)
+        weights = state.log_weights + potential(config, state, trial[:, None] * values, levels)[1]
         return effective_sample_size(weights) >= config.threshold * state.k
 
     low = state.carried["gamma"][:, 0].clone()

@@ -316,7 +316,7 @@ def test_help_of_every_command_has_examples(command: str, capsys: pytest.Capture
         main([*command.split(), "--help"])
     shown = capsys.readouterr().out
     assert stop.value.code == 0 and "usage" in shown.lower()
-    assert re.search(rf'^rsm-guidance {command}( ("|out|--)|$)', shown, re.MULTILINE)
+    assert re.search(rf'^rsm-guidance {command}( ("|out|--|choices)|$)', shown, re.MULTILINE)
     assert "options options" not in shown and "of options" not in shown and "{None}" not in shown
 
 

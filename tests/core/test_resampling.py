@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rsm_guidance.core.resampling import SCHEMES, resample
+from rsm_guidance.core.weights import normalize
 
 
 def counts(log_weights: torch.Tensor, scheme: str, repeats: int, seed: int = 0) -> torch.Tensor:
@@ -61,6 +62,26 @@ def test_equal_weights_keep_everyone(scheme: str) -> None:
         pytest.skip("multinomial counts vary even then")
     uniform = torch.rand(3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert torch.equal(resample(torch.zeros(3, 8), uniform, scheme), torch.arange(8).expand(3, 8))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s != "multinomial"])
+def test_whole_copies_survive_rounding(scheme: str) -> None:
+    """Weights whose expected counts are whole, but come out a rounding error below: these counts, whatever is drawn."""
+    generator = torch.Generator().manual_seed(0)
+    short = 0
+    for k in (6, 9, 13, 24, 38):
+        for copies in (torch.ones(k), torch.randint(0, 4, (k,), generator=generator)):
+            wanted = copies.double()
+            wanted[int(wanted.argmax())] += k - wanted.sum() if wanted.sum() < k else 0
+            while wanted.sum() > k:
+                wanted[int(wanted.argmax())] -= 1
+            weights = normalize(wanted.log() + 0.7).exp()
+            short += int(((k * weights / weights.sum()).floor() < wanted).sum())
+            for _ in range(20):
+                uniform = 0.1 + 0.8 * torch.rand(1, k, generator=generator, dtype=torch.float64)
+                ancestors = resample(wanted.log()[None] + 0.7, uniform, scheme)[0]  # type: ignore[arg-type]
+                assert ancestors.bincount(minlength=k).tolist() == wanted.tolist()
+    assert short > 50, "the weights do round down"
 
 
 def test_bad_input() -> None:

@@ -159,7 +159,7 @@ def test_closing_unwinds_the_call_and_frees_the_hooks_once(monkeypatch: pytest.M
     with opened() as (denoiser, _):
         denoiser.initial()
         monkeypatch.setattr(denoiser.pipe, "maybe_free_model_hooks", lambda: freed.append(1))
-        paused = denoiser._paused
+        paused = denoiser._driver._paused[(0,), 0]
         denoiser.close()
         denoiser.close()
-        assert paused is not None and not paused.loop.alive and freed == [1]
+        assert not paused.loop.alive and freed == [1]

@@ -36,7 +36,7 @@ def after(statement: str) -> set[str]:
     )
 
 
-@pytest.mark.parametrize("command", ["", "train", "benchmark", *COMMANDS])
+@pytest.mark.parametrize("command", ["", "data", "train", "benchmark", *COMMANDS])
 def test_help_loads_neither_torch_nor_diffusers(command: str) -> None:
     assert not loaded(HELP, *command.split(), "--help") & HEAVY
 

@@ -57,6 +57,6 @@ def test_wheel_carries_everything_and_runs_elsewhere(tmp_path: Path) -> None:
         "from diffusers import DiffusionPipeline; from rsm_guidance import custom_pipeline, shapes; "
         "path = custom_pipeline('stable_diffusion_3'); "
         "pipe = DiffusionPipeline.from_pretrained(shapes.model_path(), custom_pipeline=path, trust_remote_code=True); "
-        "print(path, type(pipe).__name__)"
+        "print(path, type(pipe).__qualname__)"
     )
     assert f"{site}/rsm_guidance/pipelines/shims/stable_diffusion_3 RewardGuided" in run("-c", code)

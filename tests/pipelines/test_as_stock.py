@@ -319,3 +319,18 @@ def test_only_where_all_fail_the_call_fails() -> None:
     with pytest.warns(RuntimeWarning, match="once returned nan for item 0 of .*; such candidates lose"):
         out = pipe(**call, sampler="best-of-n:candidates=4", reward=once)
     assert out.trace["failed_scores"]["count"] == 1 and out.trace["candidates"]["chosen"][0] != 0
+
+
+def test_a_seed_serves_pipelines_without_prompts_too() -> None:
+    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    unet = diffusers.UNet2DModel(
+        block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, sample_size=16, **blocks
+    )
+    pipe = rg.reward_guided(diffusers.DDIMPipeline)(unet=unet, scheduler=diffusers.DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    first, again, other = (
+        pipe(batch_size=2, num_inference_steps=2, output_type="np", seed=s).images for s in (0, 0, 1)
+    )
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+    with pytest.raises(ValueError, match="DDIMPipeline cannot be guided: it has no prepare_latents"):
+        pipe(batch_size=2, seed=0, sampler="none")

@@ -53,9 +53,8 @@ def problem(
 
 def weighted_reward(output: SamplerOutput) -> tuple[float, float]:
     """Self-normalised estimate of E*[r] and its standard error over prompts."""
-    rewards = torch.tensor(output.trace["candidates"]["rewards"], dtype=torch.float64)
-    weights = torch.tensor(output.trace["candidates"]["log_weights"], dtype=torch.float64).exp()
-    means = (weights * rewards).sum(1)
+    assert output.particles is not None
+    means = torch.tensor([p.mean_reward for p in output.particles], dtype=torch.float64)
     return float(means.mean()), float(means.std() / len(means) ** 0.5)
 
 

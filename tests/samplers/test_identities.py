@@ -169,7 +169,10 @@ def test_every_sampler_raises_a_reward_and_does_not_mind_its_offset(guided: Diff
     def shifted(batch: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         return blueness(batch, prompts) + 64
 
-    sampler = small(name, **({"temperature": 1e-3} if name == "tree-sampling" else {}))
+    greedy = {"tree-sampling": {"temperature": 1e-3}} | dict.fromkeys(
+        ("fk-steering", "smc", "psi"), {"returned": "best"}
+    )
+    sampler = small(name, **greedy.get(name, {}))
     base = guided(prompt=SEVEN[:4], seed=0, sampler=rg.Unguided(sampler.transition), reward=blueness, **CALL)
     out = guided(prompt=SEVEN[:4], seed=0, sampler=sampler, reward=blueness, **CALL)
     assert np.mean(out.rewards) > np.mean(base.rewards) and np.isfinite(out.images).all()

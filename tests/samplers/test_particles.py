@@ -1,5 +1,7 @@
 """Sequential Monte Carlo against the exact tilted posterior of Gaussian mixtures, and the published bugs it avoids."""
 
+import itertools
+import math
 from functools import partial
 from typing import Any
 
@@ -10,7 +12,7 @@ from torch import Tensor
 import rsm_guidance as rg
 from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.core.schedule import NoiseSchedule, Prediction
-from rsm_guidance.core.transitions import Transition
+from rsm_guidance.core.transitions import CPS, Transition
 from rsm_guidance.oracles.mixture import (
     expected_reward,
     tilt,
@@ -19,8 +21,10 @@ from rsm_guidance.samplers import (
     SVDD,
     BestOfN,
     FKSteering,
+    PsiSampler,
     SamplerOutput,
     StepwiseSampling,
+    TreeSampling,
     TwistedSMC,
     Unguided,
 )
@@ -82,13 +86,53 @@ def test_the_normalizer_is_unbiased_at_few_particles() -> None:
     assert abs(z - float(log_z.exp())) < 3 * error + 0.02 * float(log_z.exp())
 
 
-def test_returned_samples_follow_the_target() -> None:
+def test_all_potentials_together_weigh_as_one_value() -> None:
+    """As published, at the temperature of the target: 0.9 off at 64 particles and 1.5 off at 16,384."""
     mixture, reward = CASES["linear"]
-    sampler = FKSteering(64, returned="sample", transition=ANCESTRAL)
-    output = run(sampler, problem("linear", COARSE, 150))
-    assert output.rewards is not None
-    error = float(output.rewards.std() / 150**0.5)
-    assert abs(float(output.rewards.mean()) - float(expected_reward(tilt(mixture, reward)[0], reward))) < 3.5 * error
+    exact, log_z = float(expected_reward(tilt(mixture, reward)[0], reward)), float(tilt(mixture, reward)[1])
+    for potential in ("max", "sum"):
+        sampler = FKSteering(64, potential=potential)
+        output = run(sampler, problem("linear", COARSE, 100, exact=False))
+        mean, error = weighted_reward(output)
+        assert abs(mean - exact) < 3 * error + 0.1, potential
+        z, error = mean_normalizer(output)
+        assert abs(z / math.exp(log_z) - 1) < 3 * error / math.exp(log_z) + 0.1, potential
+
+
+DEFAULTS = [FKSteering(64), TwistedSMC(32), PsiSampler(64), TreeSampling(64)]
+FINE = {"flow": NoiseSchedule.flow(80), "vp": NoiseSchedule.variance_preserving(60)}
+
+
+@pytest.mark.parametrize(
+    ("sampler", "name"),
+    [*itertools.product(DEFAULTS[:3], FINE), (DEFAULTS[3], "vp")],
+    ids=lambda s: getattr(s, "name", s),
+)
+def test_what_a_user_gets_by_default_is_a_sample_of_the_target(sampler: Any, name: str) -> None:
+    """Both the returned latents, which weigh alike, and all particles with their weights."""
+    mixture, reward = CASES["linear"]
+    exact = float(expected_reward(tilt(mixture, reward)[0], reward))
+    output = run(sampler, problem("linear", FINE[name], 100))
+    assert output.rewards is not None and output.particles is not None
+    mean, error = float(output.rewards.mean()), float(output.rewards.std() / 100**0.5)
+    assert abs(mean - exact) < 3 * error + 0.03
+    mean, error = weighted_reward(output)
+    assert abs(mean - exact) < 3 * error + 0.04
+    first, table = output.particles[0], output.trace["candidates"]
+    assert torch.allclose(reward(first.latents), first.rewards) and first.rewards.tolist() == table["rewards"][0]
+    assert first.log_weights.tolist() == table["log_weights"][0]
+    assert output.trace["target"] == "p(x) exp(r(x) / temperature) / Z"
+
+
+def test_claims_are_of_the_chain_where_the_transition_does_not_keep_marginals_and_none_of_the_best() -> None:
+    assert "p of this chain: cps 0.9 does not keep" in str(FKSteering(transition=CPS(0.9)).target)
+    assert TwistedSMC(returned="best").target is None and BestOfN().target is None
+    best = run(FKSteering(8, returned="best"), problem("ring", SHORT, 5))
+    assert best.rewards is not None and best.rewards.tolist() == [max(r) for r in best.trace["candidates"]["rewards"]]
+    assert best.trace["target"] is None and best.log_normalizer is not None
+    assert best.trace["log_normalizer"] == best.log_normalizer.tolist()
+    greedy = run(BestOfN(3, ANCESTRAL), problem("ring", SHORT, 5))
+    assert greedy.particles is None and greedy.trace["log_normalizer"] is None
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -119,6 +163,30 @@ def test_twists_from_tweedies_estimate_are_weighed_out(jacobian: bool, power: fl
     sampler = TwistedSMC(128, power=power, jacobian=jacobian, transition=ANCESTRAL)
     mean, error = weighted_reward(run(sampler, problem("linear", COARSE, 20, exact=False)))
     assert abs(mean - exact) < 3 * error + 0.05
+
+
+@pytest.mark.parametrize("threshold", [1e-6, 1.0])
+@pytest.mark.parametrize("gradient", [True, False])
+def test_what_a_value_has_read_is_not_asked_again_and_follows_its_particle(
+    gradient: bool, threshold: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One denoiser evaluation per particle and level, with resampling and without, and of the particle that goes on."""
+    proposed, moves = TwistedSMC._proposed, []
+
+    def checked(self: TwistedSMC, task: Any, state: Any, slope: Tensor, jump: tuple[int, int]) -> Any:
+        assert torch.equal(state.prediction.x, state.x)
+        assert torch.equal(state.prediction.x0, task.denoiser.inner.predict(state.x, jump[0]).x0)
+        moves.append(jump)
+        return proposed(self, task, state, slope, jump)
+
+    monkeypatch.setattr(TwistedSMC, "_proposed", checked)
+    for sampler in (
+        TwistedSMC(4, gradient=gradient, threshold=threshold),
+        PsiSampler(4, initial=None, gradient=gradient),
+    ):
+        output = run(sampler, problem("ring", SHORT, 5, exact=False))
+        assert output.ledger.denoiser_evaluations == 5 * 4 * SHORT.steps
+    assert len(moves) == 2 * SHORT.steps
 
 
 def test_a_value_without_gradient_is_refused_and_nan_gradients_are_dropped() -> None:
@@ -217,7 +285,7 @@ def test_huge_rewards_neither_overflow_nor_tie() -> None:
     assert output.latents.isfinite().all() and output.log_normalizer is not None
     assert output.log_normalizer.isfinite().all()
     rewards = torch.tensor(output.trace["candidates"]["rewards"])
-    assert torch.equal(torch.tensor(output.trace["candidates"]["chosen"]), rewards.argmax(1))
+    assert torch.equal(torch.tensor(output.trace["candidates"]["chosen"]), rewards.argmax(1)), "its weight is one"
 
 
 def test_the_last_step_weighs_and_every_prompt_gets_its_sample() -> None:

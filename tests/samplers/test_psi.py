@@ -55,6 +55,23 @@ def test_the_stationary_law_of_the_chain_is_the_tilted_prior(chain: CrankNicolso
     assert 0.1 < taken.mean() < 0.999
 
 
+def test_burn_in_and_thinning_keep_the_states_that_they_name() -> None:
+    """Chains of one seed make the same moves, whatever is kept of them."""
+
+    def states(chain: CrankNicolson, count: int) -> Tensor:
+        task = problem("linear", SHORT, 5)
+        task.value = Bumpy()
+        return exhausted(chain.draw(task, count, 1.0))[0].view(5, count // 2, 2)
+
+    every = states(CrankNicolson(2, 0, 1), 28)  # two chains, and all 14 states of each
+    assert (every[:, 1:] != every[:, :-1]).any(2).float().mean() > 0.9, "the chains move"
+    for burn_in, thin in ((0, 3), (4, 1), (2, 3), (5, 2)):
+        kept = states(CrankNicolson(2, burn_in, thin), 8)
+        places = [burn_in + thin * (i + 1) - 1 for i in range(4)]
+        assert torch.equal(kept, every[:, places]), (burn_in, thin)
+    assert CrankNicolson(2, 5, 2).moves(8) == 13
+
+
 def test_the_acceptance_ratio_is_that_of_the_written_out_densities() -> None:
     """log pi(x') q(x | x') - log pi(x) q(x' | x), the values aside, for starts of standard deviation 3."""
     generator = torch.Generator().manual_seed(0)
@@ -118,7 +135,7 @@ def test_the_chains_potential_is_paid_for() -> None:
 def test_without_a_chain_it_is_twisted_smc_and_a_constant_reward_is_the_unguided_run() -> None:
     smc = run(TwistedSMC(4, transition=ANCESTRAL), problem("ring", SHORT, 5))
     psi = run(PsiSampler(4, initial=None, gradient=True, transition=ANCESTRAL), problem("ring", SHORT, 5))
-    assert torch.equal(psi.latents, smc.latents) and torch.equal(psi.log_weights, smc.log_weights)
+    assert torch.equal(psi.latents, smc.latents) and psi.trace["candidates"] == smc.trace["candidates"]
     plain = run(Unguided(ANCESTRAL), problem("ring", SHORT, 6)).latents
     for gradient in (False, True):
         task = problem("ring", SHORT, 6)
@@ -177,7 +194,9 @@ def test_through_the_pipeline(guided: Any, drm: rg.DiffusionRewardModel, gradien
     sampler = PsiSampler(4, initial=CrankNicolson(2, 1, 1, gradient=gradient), gradient=gradient)
     steered = guided(prompt=prompts, sampler=sampler, reward=drm, **call)
     assert steered.images.isfinite().all() and not torch.allclose(steered.images, plain.images, atol=0.1)
-    assert steered.rewards == [max(row) for row in steered.trace["candidates"]["rewards"]]
+    table = steered.trace["candidates"]
+    assert steered.rewards == [row[i] for row, i in zip(table["rewards"], table["chosen"], strict=True)]
+    assert steered.log_weights == table["log_weights"] and steered.log_normalizer is None
     values, taken = (torch.tensor(steered.trace["chain"][name]) for name in ("values", "accepted"))
     assert values.shape == (3, 4) and bool((taken > 0).any())
     alone = guided(prompt=prompts[2:], sampler=sampler, reward=drm, **call)

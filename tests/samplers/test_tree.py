@@ -1,5 +1,6 @@
 """Tree sampling against the exact law of a discretised chain; tree search; budgets and identities of both."""
 
+import itertools
 import json
 import math
 from typing import Any
@@ -13,6 +14,7 @@ from rsm_guidance.oracles.mixture import GaussianMixtureDenoiser, QuadraticRewar
 from rsm_guidance.samplers import BestOfN, FKSteering, SamplerOutput, Unguided
 from rsm_guidance.samplers.run import DeadlinePassed, run
 from rsm_guidance.samplers.tree.methods import TreeSampling, TreeSearch
+from rsm_guidance.samplers.tree.tree import Tree
 from tests.samplers.tree_cases import BOTH, MIXTURE, RARE, REWARD, SCHEDULE, A, ids, problem, same
 
 
@@ -35,11 +37,10 @@ def exact(reward: QuadraticReward) -> tuple[float, float]:
 
 def measured(output: SamplerOutput, log_z: float) -> tuple[Tensor, Tensor]:
     """Per prompt, the self-normalised estimate of E*[r], and Z-hat / Z."""
-    table = output.trace["candidates"]
-    pairs = zip(table["log_weights"], table["rewards"], strict=True)
-    means = [math.fsum(math.exp(w) * r for w, r in zip(*pair, strict=True)) for pair in pairs]
-    assert output.log_normalizer is not None
-    return torch.tensor(means, dtype=torch.float64), (output.log_normalizer - log_z).exp()
+    assert output.log_normalizer is not None and output.particles is not None
+    return torch.tensor([p.mean_reward for p in output.particles], dtype=torch.float64), (
+        output.log_normalizer - log_z
+    ).exp()
 
 
 def error_of(values: Tensor) -> float:
@@ -67,6 +68,33 @@ def test_where_values_mislead_its_log_normalizer_is_less_biased_than_that_of_fk_
     fk = run(FKSteering(particles, transition=A), problem(150, RARE))
     biases = [abs(float(measured(output, log_z)[1].log().mean())) for output in (tree, fk)]
     assert biases[0] < biases[1]
+
+
+def test_the_restarts_of_a_batch_are_spread_evenly_and_by_a_stream_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """100 equal chances, from which each batch of 8 draws every eighth, another one in every batch, prompt and seed."""
+    drawn: dict[int, list[float]] = {}
+    plan_at = Tree.plan_at
+
+    def counted(tree: Tree, node: int, importance: float, place: float | None) -> int:
+        drawn.setdefault(id(tree), []).append(importance)
+        return plan_at(tree, node, 0.0, place)
+
+    monkeypatch.setattr(Tree, "restarts", lambda *_: ([0] * 100, [0.01] * 100, [float(i) for i in range(100)]))
+    monkeypatch.setattr(Tree, "plan_at", counted)
+    sampler = TreeSampling(1 + 8 * 10, batch=8, fresh=0.0)
+    for seed in (0, 1):
+        run(sampler, problem(2, seed=seed))
+    offsets = []
+    for restarts in drawn.values():
+        for batch in range(10):
+            picks = sorted(restarts[1 + 8 * batch : 9 + 8 * batch])
+            gaps = [b - a for a, b in itertools.pairwise([*picks, picks[0] + 100])]
+            assert all(12 <= gap <= 13 for gap in gaps), "an eighth apart"
+            offsets.append(picks[0])
+    assert len(drawn) == 4 and len(set(offsets)) > 8, "batches, prompts and seeds draw differently"
+    assert 3 < sum(offsets) / len(offsets) < 9, "evenly over the eighth"
 
 
 def test_it_stays_unbiased_where_good_samples_are_rare() -> None:

@@ -141,6 +141,35 @@ def test_a_prior_counts_as_many_rollouts_as_it_is_given() -> None:
     assert tree._selected(0, 0.0, 3.0) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("caution", [0.0, 0.5, 3.0])
+@pytest.mark.parametrize("prior_visits", [0.0, 2.0])
+def test_the_chances_of_restarts_are_those_written_out(caution: float, prior_visits: float) -> None:
+    """In the linear domain: Z of a branch node, pseudo-visits of the mean over all simulations, and of the node's prior."""
+    tree = restarted(random.Random(3), 9)
+    tree.prior[tree.branch[2]] = 0.7
+    w = [math.exp(i) for i in tree.importance]
+    z = [math.exp(tree.value[leaf]) for leaf in tree.leaves]
+    mean = math.fsum(a * b for a, b in zip(w, z, strict=True)) / len(w)
+    values = []
+    for node in tree.branch:
+        known = prior_visits if not math.isnan(tree.prior[node]) else 0.0
+        told = known and known * math.exp(tree.prior[node])
+        count = tree.completed[node]
+        values.append((count * math.exp(tree.value[node]) + caution * mean + told) / (count + caution + known))
+    wanted = [a * b for a, b in zip(w, values, strict=True)]
+    expected = [0.7 * a / math.fsum(wanted) + 0.3 * b / math.fsum(w) for a, b in zip(wanted, w, strict=True)]
+    nodes, chances, logs = tree.restarts(caution, prior_visits, 0.3)
+    assert nodes == tree.branch and chances == pytest.approx(expected)
+    assert logs == pytest.approx([math.log(a / (9 * p)) for a, p in zip(w, expected, strict=True)])
+
+
+@pytest.mark.parametrize("values", [[0.3], [0.3, -1.0], [2.0, 2.0, -math.inf], [-900.0, -901.0], [800.0, 700.0, 1.0]])
+def test_the_log_mean_is_a_mean(values: list[float]) -> None:
+    top = max(values)
+    assert log_mean_exp(values) == pytest.approx(top + math.log(sum(math.exp(v - top) for v in values) / len(values)))
+    assert log_mean_exp([top] * 5) == pytest.approx(top), "alike, not their sum"
+
+
 def test_restarts_follow_priors() -> None:
     tree = Tree([True, True, False])
     for _ in range(2):

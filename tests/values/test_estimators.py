@@ -11,7 +11,7 @@ from torch import Tensor
 
 import rsm_guidance as rg
 from rsm_guidance.core.ledger import Ledger
-from rsm_guidance.core.random import RandomStreams
+from rsm_guidance.core.random import Purpose, RandomStreams
 from rsm_guidance.core.schedule import NoiseSchedule
 from rsm_guidance.oracles.mixture import (
     GaussianMixture,
@@ -72,6 +72,30 @@ def test_smoothing_averages_rewards_around_the_mean() -> None:
     assert float(narrow) == pytest.approx(-4, abs=1e-3)
     twice, _, _ = estimate(Smoothed(4), [0.3, 0.3], 0, levels)
     assert twice[0] == twice[1], "candidates of one image share their offsets"
+
+
+@pytest.mark.parametrize("spread", [1.0, 0.5])
+@pytest.mark.parametrize(
+    ("levels", "level"),
+    [(NoiseSchedule.flow(4), 1), (NoiseSchedule.flow(4), 3), (schedule([0.8]), 0), (schedule([0.1]), 0)],
+)
+def test_the_width_of_smoothing_is_that_of_standard_normal_data(
+    levels: NoiseSchedule, level: int, spread: float
+) -> None:
+    """sigma / sqrt(alpha^2 + sigma^2), at levels where alpha, sigma and their norm all differ."""
+    seen: list[Tensor] = []
+
+    def reward(x: Tensor, prompts: list[str]) -> Tensor:
+        seen.append(x)
+        return x[:, 0]
+
+    denoiser, streams = GaussianMixtureDenoiser(MIXTURE, levels, ["a"]), RandomStreams.for_prompts(0, ["a"])
+    x, rows = torch.tensor([[0.3], [-0.4]], dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
+    Task(denoiser, streams, Ledger(), reward, Smoothed(3, spread)).value(x, level, rows)
+    mean, alpha, sigma = denoiser.predict(x, level).x0, float(levels.alpha[level]), float(levels.sigma[level])
+    offsets = [streams.normal(0, (1,), Purpose.SMOOTH, level, i).double() for i in (1, 2)]
+    width = spread * sigma / (alpha**2 + sigma**2) ** 0.5
+    assert torch.allclose(seen[0], torch.cat([mean, *(mean + width * z for z in offsets)]))
 
 
 def test_looking_ahead_has_no_bias_on_the_average_where_the_mean_has() -> None:

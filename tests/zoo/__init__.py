@@ -50,127 +50,128 @@ def _build(make: Callable[[], DiffusionPipeline]) -> DiffusionPipeline:
     return pipe
 
 
-def _specimen(name: str, make: Callable[[], DiffusionPipeline], **call: Any) -> Specimen:
-    """A specimen whose call is never shared between two uses."""
-    return Specimen(name, partial(_build, make), partial(copy.deepcopy, {"prompt": "a cat", **call}))
+def specimen(name: str, make: Callable[[], DiffusionPipeline], **call: Any) -> Specimen:
+    """A specimen whose call is never shared between two uses; without a prompt where that is None."""
+    given = {k: v for k, v in {"prompt": "a cat", **call}.items() if k != "prompt" or v is not None}
+    return Specimen(name, partial(_build, make), partial(copy.deepcopy, given))
 
 
-_SIZE: dict[str, Any] = {"num_inference_steps": 4, "height": 32, "width": 32}
-_TEXT: dict[str, Any] = {**_SIZE, "max_sequence_length": 48}
-_EDIT: dict[str, Any] = {"num_inference_steps": 4, "image": parts.picture(), "strength": 0.75}
-_FILL: dict[str, Any] = {**_SIZE, **_EDIT, "mask_image": parts.mask()}
-_PLAIN: dict[str, Any] = {**_TEXT, "clean_caption": False, "use_resolution_binning": False}
+SIZE: dict[str, Any] = {"num_inference_steps": 4, "height": 32, "width": 32}
+TEXT: dict[str, Any] = {**SIZE, "max_sequence_length": 48}
+EDIT: dict[str, Any] = {"num_inference_steps": 4, "image": parts.picture(), "strength": 0.75}
+FILL: dict[str, Any] = {**SIZE, **EDIT, "mask_image": parts.mask()}
+PLAIN: dict[str, Any] = {**TEXT, "clean_caption": False, "use_resolution_binning": False}
 
 ZOO: dict[str, Specimen] = {
-    specimen.name: specimen
-    for specimen in (
-        _specimen("sd15", lambda: df.StableDiffusionPipeline(**families.sd15()), guidance_scale=5.0, **_SIZE),
-        _specimen(
-            "sd15_img2img", lambda: df.StableDiffusionImg2ImgPipeline(**families.sd15()), guidance_scale=5.0, **_EDIT
+    found.name: found
+    for found in (
+        specimen("sd15", lambda: df.StableDiffusionPipeline(**families.sd15()), guidance_scale=5.0, **SIZE),
+        specimen(
+            "sd15_img2img", lambda: df.StableDiffusionImg2ImgPipeline(**families.sd15()), guidance_scale=5.0, **EDIT
         ),
-        _specimen(
-            "sd15_inpaint", lambda: df.StableDiffusionInpaintPipeline(**families.sd15()), guidance_scale=5.0, **_FILL
+        specimen(
+            "sd15_inpaint", lambda: df.StableDiffusionInpaintPipeline(**families.sd15()), guidance_scale=5.0, **FILL
         ),
-        _specimen(
+        specimen(
             "sd15_inpaint9",
             lambda: df.StableDiffusionInpaintPipeline(**families.sd15(in_channels=9)),
             guidance_scale=5.0,
-            **_FILL | {"strength": 1.0},
+            **FILL | {"strength": 1.0},
         ),
-        _specimen("sd15_controlnet", families.sd15_controlnet, image=parts.picture(), guidance_scale=5.0, **_SIZE),
-        _specimen(
-            "sd15_ip_adapter", families.sd15_ip_adapter, ip_adapter_image=parts.picture(), guidance_scale=5.0, **_SIZE
+        specimen("sd15_controlnet", families.sd15_controlnet, image=parts.picture(), guidance_scale=5.0, **SIZE),
+        specimen(
+            "sd15_ip_adapter", families.sd15_ip_adapter, ip_adapter_image=parts.picture(), guidance_scale=5.0, **SIZE
         ),
-        _specimen(
+        specimen(
             "sd15_lcm",
             lambda: df.StableDiffusionPipeline(
                 **families.sd15(df.LCMScheduler(**parts.betas()), time_cond_proj_dim=16)
             ),
             guidance_scale=5.0,
-            **_SIZE,
+            **SIZE,
         ),
-        _specimen("sdxl", lambda: df.StableDiffusionXLPipeline(**families.sdxl()), guidance_scale=5.0, **_SIZE),
-        _specimen(
-            "sdxl_img2img", lambda: df.StableDiffusionXLImg2ImgPipeline(**families.sdxl()), guidance_scale=5.0, **_EDIT
+        specimen("sdxl", lambda: df.StableDiffusionXLPipeline(**families.sdxl()), guidance_scale=5.0, **SIZE),
+        specimen(
+            "sdxl_img2img", lambda: df.StableDiffusionXLImg2ImgPipeline(**families.sdxl()), guidance_scale=5.0, **EDIT
         ),
-        _specimen(
-            "sdxl_inpaint", lambda: df.StableDiffusionXLInpaintPipeline(**families.sdxl()), guidance_scale=5.0, **_FILL
+        specimen(
+            "sdxl_inpaint", lambda: df.StableDiffusionXLInpaintPipeline(**families.sdxl()), guidance_scale=5.0, **FILL
         ),
-        _specimen(
+        specimen(
             "sdxl_turbo",
             lambda: df.StableDiffusionXLPipeline(
                 **families.sdxl(df.EulerAncestralDiscreteScheduler(**parts.betas() | {"timestep_spacing": "trailing"}))
             ),
             guidance_scale=0.0,
-            **_SIZE | {"num_inference_steps": 2},
+            **SIZE | {"num_inference_steps": 2},
         ),
-        _specimen("sd3", lambda: df.StableDiffusion3Pipeline(**families.sd3()), guidance_scale=3.0, **_TEXT),
-        _specimen(
+        specimen("sd3", lambda: df.StableDiffusion3Pipeline(**families.sd3()), guidance_scale=3.0, **TEXT),
+        specimen(
             "sd3_img2img",
             lambda: df.StableDiffusion3Img2ImgPipeline(**families.sd3()),
             guidance_scale=3.0,
-            **_TEXT | _EDIT,
+            **TEXT | EDIT,
         ),
-        _specimen(
+        specimen(
             "sd3_inpaint",
             lambda: df.StableDiffusion3InpaintPipeline(**families.sd3()),
             guidance_scale=3.0,
-            **_TEXT | _FILL,
+            **TEXT | FILL,
         ),
-        _specimen("flux", lambda: df.FluxPipeline(**families.flux()), guidance_scale=3.5, **_TEXT),
-        _specimen(
-            "flux_schnell", lambda: df.FluxPipeline(**families.flux(False, parts.flow())), guidance_scale=0.0, **_TEXT
+        specimen("flux", lambda: df.FluxPipeline(**families.flux()), guidance_scale=3.5, **TEXT),
+        specimen(
+            "flux_schnell", lambda: df.FluxPipeline(**families.flux(False, parts.flow())), guidance_scale=0.0, **TEXT
         ),
-        _specimen(
+        specimen(
             "flux_kontext",
             lambda: df.FluxKontextPipeline(**families.flux()),
             image=parts.picture(),
             guidance_scale=3.5,
             max_area=32 * 32,
             _auto_resize=False,
-            **_TEXT,
+            **TEXT,
         ),
         # Latents, the masked image's latents and the mask, each packed: 16 + 16 + 16 channels.
-        _specimen(
+        specimen(
             "flux_fill",
             lambda: df.FluxFillPipeline(**families.flux(channels=48)),
             guidance_scale=30.0,
-            **_TEXT | _FILL | {"strength": 1.0},
+            **TEXT | FILL | {"strength": 1.0},
         ),
-        _specimen(
+        specimen(
             "flux2_klein",
             families.flux2_klein,
             guidance_scale=4.0,
-            **_TEXT | {"max_sequence_length": 24},
+            **TEXT | {"max_sequence_length": 24},
         ),
-        _specimen("chroma", families.chroma, guidance_scale=5.0, **_TEXT),
-        _specimen(
+        specimen("chroma", families.chroma, guidance_scale=5.0, **TEXT),
+        specimen(
             "pixart_alpha",
             lambda: df.PixArtAlphaPipeline(**families.pixart(df.DPMSolverMultistepScheduler(**parts.betas()))),
             guidance_scale=4.5,
-            **_PLAIN,
+            **PLAIN,
         ),
-        _specimen(
+        specimen(
             "pixart_sigma",
             lambda: df.PixArtSigmaPipeline(**families.pixart(parts.ddim())),
             guidance_scale=4.5,
-            **_PLAIN,
+            **PLAIN,
         ),
-        _specimen("sana", families.sana, guidance_scale=4.5, complex_human_instruction=None, **_PLAIN),
-        _specimen("qwenimage", families.qwenimage, negative_prompt=" ", true_cfg_scale=4.0, **_TEXT),
-        _specimen(
+        specimen("sana", families.sana, guidance_scale=4.5, complex_human_instruction=None, **PLAIN),
+        specimen("qwenimage", families.qwenimage, negative_prompt=" ", true_cfg_scale=4.0, **TEXT),
+        specimen(
             "qwenimage_edit",
             families.qwenimage_edit,
             image=parts.picture(),
             negative_prompt=" ",
             true_cfg_scale=4.0,
-            **_TEXT,
+            **TEXT,
         ),
-        _specimen("zimage", families.zimage, guidance_scale=3.0, **_TEXT),
-        _specimen(
-            "lumina2", families.lumina2, guidance_scale=4.0, system_prompt="", **_TEXT | {"height": 64, "width": 64}
+        specimen("zimage", families.zimage, guidance_scale=3.0, **TEXT),
+        specimen(
+            "lumina2", families.lumina2, guidance_scale=4.0, system_prompt="", **TEXT | {"height": 64, "width": 64}
         ),
-        _specimen("hidream", families.hidream, guidance_scale=3.0, **_TEXT),
-        _specimen("wan", families.wan, guidance_scale=5.0, num_frames=5, **_TEXT),
+        specimen("hidream", families.hidream, guidance_scale=3.0, **TEXT),
+        specimen("wan", families.wan, guidance_scale=5.0, num_frames=5, **TEXT),
     )
 }

@@ -32,7 +32,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from rsm_guidance.core.random import Purpose
-from rsm_guidance.core.transitions import CPS, GaussianTransition, require_gaussian
+from rsm_guidance.core.transitions import CPS, DDIM, GaussianTransition, require_gaussian
 from rsm_guidance.core.weights import choose
 from rsm_guidance.samplers import kernel
 from rsm_guidance.samplers.kernel import Result, Sampler, Solution
@@ -143,6 +143,7 @@ class TreeSampling(TreeSampler):
 
     name: ClassVar[str] = "tree-sampling"
     selection: Literal["restarts", "proportional", "boltzmann"] = "restarts"
+    transition: GaussianTransition = DDIM(1.0)
     caution: float = 0.5
     fresh: float = 0.5
     defence: float = 0.2
@@ -160,6 +161,10 @@ class TreeSampling(TreeSampler):
         if self.selection == "restarts" and self.branching is not None:
             raise ValueError("restarts have no widening to limit: leave branching out, or choose another selection")
 
+    @property
+    def target(self) -> str:
+        return kernel.tilted_law(self.transition)
+
     def plan(self, growth: Growth, row: int, number: int, draw: Draw) -> int | None:
         if self.selection == "restarts":
             return growth.restart(row, number, self.caution, self.fresh, self.defence)
@@ -174,9 +179,8 @@ class TreeSampling(TreeSampler):
         chosen = [int(choose(w, u)) if len(w) > 1 else 0 for w, u in zip(weights, draws, strict=True)]
         if not task.can_score:
             return growth.close(chosen)
-        picked = torch.stack([w[c] for w, c in zip(weights, chosen, strict=True)])
         normalizers = torch.tensor([t.log_normalizer(restarts) for t in forest.trees], dtype=torch.float64)
-        return growth.close(chosen, [w.tolist() for w in weights], picked, normalizers)
+        return growth.close(chosen, weights, normalizers)
 
 
 @dataclass(frozen=True)

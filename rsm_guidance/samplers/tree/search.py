@@ -16,7 +16,7 @@ from torch import Tensor
 from rsm_guidance.core.random import Purpose, RandomStreams
 from rsm_guidance.core.schedule import Prediction
 from rsm_guidance.core.transitions import Gaussian, GaussianTransition, exact
-from rsm_guidance.samplers.kernel import Info, Result
+from rsm_guidance.samplers.kernel import Info, Particles, Result
 from rsm_guidance.samplers.task import Task
 from rsm_guidance.samplers.tree.file import TreeFile, spread
 from rsm_guidance.samplers.tree.selection import Draw, Widening
@@ -368,13 +368,12 @@ class Growth:
     def close(
         self,
         chosen: list[int],
-        log_weights: list[list[float]] | None = None,
-        picked: Tensor | None = None,
+        log_weights: list[Tensor] | None = None,
         normalizers: Tensor | None = None,
     ) -> Result:
         """The result for a leaf per row, given by its simulation, with the trees for the trace.
 
-        `log_weights` are those of all leaves, `picked` [B] of the chosen ones, `normalizers` [B] the estimates of log Z.
+        `log_weights` are those of all leaves of each row, `normalizers` [B] the estimates of log Z.
         """
         forest = self.forest
         leaves = [tree.leaves[c] for tree, c in zip(forest.trees, chosen, strict=True)]
@@ -393,7 +392,11 @@ class Growth:
         if not self.scoring:
             return Result(latents, sections={"tree": trees})
         candidates: dict[str, Any] = {"rewards": forest.rewards, "chosen": chosen}
+        scores = [torch.tensor(r, dtype=torch.float64) for r in forest.rewards]
+        particles = None
         if log_weights is not None:
-            candidates["log_weights"] = log_weights
-        rewards = torch.tensor([r[c] for r, c in zip(forest.rewards, chosen, strict=True)], dtype=torch.float64)
-        return Result(latents, rewards, picked, normalizers, {"tree": trees, "candidates": candidates})
+            candidates["log_weights"] = [w.tolist() for w in log_weights]
+            finished = [torch.stack([forest.clean[b][leaf] for leaf in t.leaves]) for b, t in enumerate(forest.trees)]
+            particles = [Particles(*each) for each in zip(finished, scores, log_weights, strict=True)]
+        rewards = torch.stack([r[c] for r, c in zip(scores, chosen, strict=True)])
+        return Result(latents, rewards, normalizers, particles, {"tree": trees, "candidates": candidates})

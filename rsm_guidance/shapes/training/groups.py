@@ -86,7 +86,8 @@ def sample_groups(
     }
     with closing(PipelineDenoiser(pipe, call)) as denoiser:
         children, finals = _completed_children(denoiser, streams, config, level)
-        images = to_uint8(denoiser.decode(finals.flatten(0, 1))).numpy()
+        rows = torch.arange(len(prompts)).repeat_interleave(config.siblings)
+        images = to_uint8(denoiser.decode(finals.flatten(0, 1), rows)).numpy()
         sigma = torch.full((len(prompts),), float(denoiser.schedule.sigma[level]))
     shape = (len(prompts), config.siblings)
     seen = [see(image) for image in images]

@@ -15,6 +15,8 @@ import tyro
 from rsm_guidance.core.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from diffusers import DiffusionPipeline
 
     from rsm_guidance.core.contracts import Reward
@@ -143,16 +145,26 @@ class SamplerOptions:
 SamplerGroup = Annotated[SamplerOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="sampler", help="")]
 
 
-def check_reward(text: str) -> None:
-    """Refuse a reward that cannot be found whatever the pipeline is, before a pipeline is loaded."""
-    from rsm_guidance.rewards import REWARDS, resolve_reward
+def check_reward(
+    text: str, prompts: Sequence[str] | None = None, columns: Mapping[str, Sequence[Any]] | None = None
+) -> None:
+    """Refuse, before anything is loaded, a reward that cannot be found whatever the pipeline is.
+
+    With prompts, also one that cannot score these, or lacks a column.
+    """
+    from rsm_guidance.rewards import REWARDS, built_in, check_rows, is_sum, parts_of, resolve_reward
 
     if ":" in text and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # so that my_module:function is found in this folder, behind all that is installed
-    composed = " + " in text or " * " in text
-    needs_pipe = text in REWARDS or Path(text).is_dir() or (text.count("/") == 1 and ":" not in text)
-    if not composed and not needs_pipe:
-        resolve_reward(text)
+    for part in parts_of(text):
+        own = built_in(part)
+        if own is not None and prompts is not None:
+            check_rows(own, prompts, columns or {})
+        needs_pipe = part in REWARDS or Path(part).is_dir() or (part.count("/") == 1 and ":" not in part)
+        if not is_sum(text) and own is None and not needs_pipe:
+            found = resolve_reward(part)
+            if prompts is not None:
+                check_rows(found, prompts, columns or {})
 
 
 def load_reward(text: str, pipe: DiffusionPipeline | None = None) -> Reward:

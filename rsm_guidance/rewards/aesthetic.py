@@ -2,12 +2,13 @@
 
 import functools
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from torch import Tensor, nn
 
-from rsm_guidance.rewards.checkpoints import checkpoint_file, pretrained_strictly, read_tensors
 from rsm_guidance.rewards.builtin import ModelReward
+from rsm_guidance.rewards.checkpoints import checkpoint_file, pretrained_strictly, read_tensors
 from rsm_guidance.rewards.clip import CLIP_L, embedded_images, image_side
 from rsm_guidance.rewards.images import shortest_side, standardized
 from rsm_guidance.rewards.linear_head import linear_head
@@ -28,6 +29,9 @@ class Aesthetic(ModelReward):
     clip: str = CLIP_L
 
     name = "aesthetic"
+    about = "how people rate pictures without a prompt (LAION aesthetic predictor v2)"
+    needs = "downloads of its head and of openai/clip-vit-large-patch14"
+    range = (-inf, inf)
     differentiable = True
 
     @functools.cached_property

@@ -21,6 +21,12 @@ class BuiltInReward:
     """
 
     name: ClassVar[str]
+    about: ClassVar[str]
+    """One line for the list of rewards."""
+    needs: ClassVar[str] = "nothing"
+    """What must be there besides this package: a download, an extra, a server."""
+    range: ClassVar[tuple[float, float]]
+    """Bounds of its scores; infinite where there are none."""
     differentiable: ClassVar[bool] = False
     share: ClassVar[float] = 0.0
     reads_prompt: ClassVar[bool] = False
@@ -72,11 +78,13 @@ class ModelReward(BuiltInReward):
         device: where the model lives; None for the device of the images, which it then shares with the generator.
         dtype: precision of the model; images are prepared, and scores returned, in float32.
         micro_batch: images scored at once.
+        offload: keep the model in main memory between calls; for a device that a large generator fills.
     """
 
     device: str | None = None
     dtype: Dtype = "float32"
     micro_batch: int = 16
+    offload: bool = False
 
     def __post_init__(self) -> None:
         if self.micro_batch < 1:
@@ -103,15 +111,19 @@ class ModelReward(BuiltInReward):
 
     def load(self) -> Self:
         """Load the model; to its device, if that is given."""
-        if self.device is not None:
-            self.network.to(self.device)
-        return self if self.network is not None else self
+        network = self.network
+        if self.device is not None and not self.offload:
+            network.to(self.device)
+        return self
 
     def scores(self, images: Tensor, prompts: list[str], **columns: list[Any]) -> Tensor:
         device = torch.device(self.device) if self.device else images.device
         self.network.to(device)
         pieces = [slice(i, i + self.micro_batch) for i in range(0, len(images), self.micro_batch)]
-        return torch.cat([self.batch(images[piece].to(device), prompts[piece]).float() for piece in pieces])
+        scores = torch.cat([self.batch(images[piece].to(device), prompts[piece]).float() for piece in pieces])
+        if self.offload and not scores.requires_grad:  # a gradient still needs the weights where they are
+            self.network.to("cpu")
+        return scores
 
 
 def check_arguments(name: str, images: Any, prompts: Any, columns: dict[str, list[Any]]) -> None:
@@ -121,7 +133,11 @@ def check_arguments(name: str, images: Any, prompts: Any, columns: dict[str, lis
         TypeError: if images are no tensor or prompts no list of texts.
         UsageError: otherwise.
     """
-    if not isinstance(images, Tensor) or isinstance(prompts, str | Tensor) or not all(isinstance(p, str) for p in prompts):
+    if (
+        not isinstance(images, Tensor)
+        or isinstance(prompts, str | Tensor)
+        or not all(isinstance(p, str) for p in prompts)
+    ):
         raise TypeError(
             f"{name} takes (images, prompts): a tensor [B, 3, H, W] and a list of B texts; "
             f"got {type(images).__name__} and {type(prompts).__name__}"
@@ -137,7 +153,9 @@ def check_arguments(name: str, images: Any, prompts: Any, columns: dict[str, lis
         if len(values) != len(images):
             raise UsageError(f"the column {column!r} has {len(values)} entries for {len(images)} images; give one each")
     with torch.no_grad():
-        low, high = (torch.nan_to_num(v, posinf=0.5, neginf=0.5, nan=0.5) for v in images.aminmax()) if len(images) else (0, 1)
+        low, high = (
+            (torch.nan_to_num(v, posinf=0.5, neginf=0.5, nan=0.5) for v in images.aminmax()) if len(images) else (0, 1)
+        )
     if not (low >= -0.01 and high <= 1.01):
         raise UsageError(f"{name} scores images in [0, 1]; these have values from {float(low):g} to {float(high):g}")
 

@@ -78,7 +78,9 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: obje
 
 def refuse_differences(missing: Iterable[str], unknown: Iterable[str], source: object) -> None:
     """Raise a UsageError that names tensors which are missing or unknown, if there are any."""
-    found = [f"{what} {_listed(sorted(names))}" for what, names in (("lacks", missing), ("has unknown", unknown)) if names]
+    found = [
+        f"{what} {_listed(sorted(names))}" for what, names in (("lacks", missing), ("has unknown", unknown)) if names
+    ]
     if found:
         raise UsageError(f"the checkpoint {source} does not fit its model: it {' and '.join(found)}")
 

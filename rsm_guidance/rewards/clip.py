@@ -145,6 +145,7 @@ _OPEN_CLIP = (
     ("visual.ln_pre.", "vision_model.pre_layrnorm."),
     ("visual.ln_post.", "vision_model.post_layernorm."),
     ("visual.proj", "visual_projection.weight"),
+    ("text_projection", "text_projection.weight"),
     ("token_embedding.weight", "text_model.embeddings.token_embedding.weight"),
     ("positional_embedding", "text_model.embeddings.position_embedding.weight"),
     ("ln_final.", "text_model.final_layer_norm."),

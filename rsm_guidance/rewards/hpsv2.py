@@ -14,7 +14,7 @@ from rsm_guidance.rewards.checkpoints import checkpoint_file, read_tensors
 from rsm_guidance.rewards.clip import CLIP_H, ClipReward, image_side, open_clip_model, tokenizer_of
 from rsm_guidance.rewards.images import longest_side, standardized
 
-_FILES = {"2.0": "HPS_v2_compressed", "2.1": "HPS_v2.1_compressed"}
+_FILES = {"v2.0": "HPS_v2_compressed", "v2.1": "HPS_v2.1_compressed"}
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,12 @@ class HPSv2(ClipReward):
     """
 
     model: str = "xswu/HPSv2"
-    version: Literal["2.0", "2.1"] = "2.1"
+    version: Literal["v2.0", "v2.1"] = "v2.1"
 
     name = "hpsv2"
+    about = "human preference score v2.1 or v2.0"
+    needs = "downloads of xswu/HPSv2 and the tokenizer of its CLIP-H"
+    range = (-1.0, 1.0)
 
     @functools.cached_property
     def words(self) -> Any:

@@ -7,6 +7,7 @@ other defaults for: 12 heads in the text encoder, epsilon 1e-6 in the vision enc
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import torch
@@ -39,6 +40,9 @@ class ImageRewardV1(ModelReward):
     tokenizer: str | None = None
 
     name = "image-reward"
+    about = "standard score of how people rank images for a prompt (ImageReward v1.0)"
+    needs = "downloads of THUDM/ImageReward and the tokenizer of bert-base-uncased"
+    range = (-inf, inf)
     differentiable = True
     reads_prompt = True
 
@@ -143,5 +147,7 @@ def _text_sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "num_hidden_layers": layers_of(tensors, "encoder.layer."),
         "num_attention_heads": _TEXT_HEADS,
         "layer_norm_eps": 1e-12,
+        "bos_token_id": None,  # it reads texts, and writes none
+        "sep_token_id": None,
         "is_decoder": True,  # only then is there attention to the image
     }

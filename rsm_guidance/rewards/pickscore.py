@@ -16,6 +16,9 @@ class PickScore(ClipReward):
     model: str = "yuvalkirstain/PickScore_v1"
 
     name = "pickscore"
+    about = "which image users of Pick-a-Pic would choose"
+    needs = "downloads of yuvalkirstain/PickScore_v1 and the tokenizer of its CLIP-H"
+    range = (-100.0, 100.0)
 
     @functools.cached_property
     def words(self) -> Any:

@@ -65,8 +65,10 @@ class ModelOptions:
     lora: tuple[str, ...] = ()
     """LoRA adapters, each as PATH or PATH:SCALE: .safetensors files, folders or hub ids."""
 
-    def load(self) -> Model:
+    def load(self, prompts: Sequence[str] | None = None, columns: Mapping[str, Sequence[Any]] | None = None) -> Model:
         """Load the pipeline, and the reward onto it: a diffusion reward model shares its modules.
+
+        Prompts and columns that the reward cannot score are refused before.
 
         Raises:
             UsageError: if either cannot be found or loaded.
@@ -77,7 +79,7 @@ class ModelOptions:
         quiet_libraries()
         loras = require_loras(self.lora)
         require_device(self.device, self.offload)
-        check_reward(self.reward)
+        check_reward(self.reward, prompts, columns)
         sizes = {"height": self.height, "width": self.width, "frames": self.frames}
         generation = Generation.for_model(
             self.model, self.steps, self.guidance_scale, negative_prompt=self.negative_prompt, **sizes
@@ -173,6 +175,17 @@ def load_reward(text: str, pipe: DiffusionPipeline | None = None) -> Reward:
 
     check_reward(text)
     return resolve_reward(text, pipe)
+
+
+def columns_of(settings: Sequence[str]) -> dict[str, list[Any]]:
+    """Columns for one prompt from --column NAME=VALUE, values as YAML.
+
+    Raises:
+        UsageError: for text that sets nothing.
+    """
+    from rsm_guidance.io.config import read_setting
+
+    return {name: [value] for name, value in map(read_setting, settings)}
 
 
 def budget_of(evaluations: float | None, seconds: float | None = None) -> Budget | None:

@@ -89,16 +89,22 @@ def read_options(text: str) -> tuple[str, dict[str, Any]]:
         UsageError: for text that sets nothing or cannot be read.
     """
     name, *settings = _parts(text)
-    options = {}
-    for setting in settings:
-        field, equals, value = setting.partition("=")
-        if not equals:
-            raise UsageError(f"{setting!r} in {text!r} sets nothing; write field=value")
-        try:
-            options[field.strip()] = read_yaml(value)
-        except yaml.YAMLError as error:
-            raise UsageError(f"cannot read {value!r} in {text!r}") from error
-    return name.strip(), options
+    return name.strip(), dict(read_setting(setting, f" in {text!r}") for setting in settings)
+
+
+def read_setting(text: str, where: str = "") -> tuple[str, Any]:
+    """The field and the value, YAML, of "field=value".
+
+    Raises:
+        UsageError: for text that sets nothing or cannot be read; `where` ends its subject.
+    """
+    field, equals, value = text.partition("=")
+    if not equals or not field.strip():
+        raise UsageError(f"{text!r}{where} sets nothing; write field=value")
+    try:
+        return field.strip(), read_yaml(value)
+    except yaml.YAMLError as error:
+        raise UsageError(f"cannot read {value!r}{where or f' of {text!r}'}") from error
 
 
 _INSIDE = re.compile(r":(//|\d+(?![^:/\s]))")

@@ -118,6 +118,9 @@ def check_rows(reward: Reward, prompts: Sequence[str], columns: Mapping[str, Seq
             raise UsageError(
                 f"the column {name!r} has {len(columns[name])} entries for {len(prompts)} images; give one each"
             )
+        lacking = next((p for p, v in zip(prompts, columns[name], strict=True) if v is None), None)
+        if lacking is not None:
+            raise UsageError(f"the reward {reward.name} needs the column {name!r}; the prompt {lacking!r} has none")
     own = getattr(reward, "check", None)
     if own is not None:
         own(list(prompts), {name: list(columns[name]) for name in reward.requires})

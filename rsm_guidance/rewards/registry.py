@@ -19,6 +19,8 @@ REWARDS: dict[str, str] = {
     "hpsv2": "rsm_guidance.rewards.hpsv2:HPSv2",
     "image-reward": "rsm_guidance.rewards.image_reward:ImageRewardV1",
     "aesthetic": "rsm_guidance.rewards.aesthetic:Aesthetic",
+    "vqa": "rsm_guidance.rewards.vqa:VQA",
+    "unified": "rsm_guidance.rewards.unified:Unified",
     "remote": "rsm_guidance.rewards.remote:Remote",
     "ocr": "rsm_guidance.rewards.ocr:OCR",
     "compressibility": "rsm_guidance.rewards.compressibility:Compressibility",

@@ -37,7 +37,7 @@ lengths.requires = ("extra",)  # type: ignore[attr-defined]
 @contextmanager
 def serving(reward: Any) -> Iterator[str]:
     with reward_server(rg.rewards.as_reward(reward)) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
 
@@ -92,7 +92,7 @@ def answering(*answers: bytes | Callable[[BaseHTTPRequestHandler], None]) -> Ite
             pass
 
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}", asked
         server.shutdown()
 
@@ -245,7 +245,7 @@ def test_no_server_and_another_server_are_told_apart() -> None:
             pass
 
     with HTTPServer(("127.0.0.1", 0), Other) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         with pytest.raises(RewardError, match="no reward server of protocol 1"):
             resolve_reward(f"remote:url=http://127.0.0.1:{server.server_port}")
         server.shutdown()

@@ -176,8 +176,11 @@ def budgets_at(multiples: tuple[float, ...], costs: Costs) -> tuple[float, ...]:
 
 
 def _named(reward: Reward) -> str:
-    """The name of a reward, and the fingerprint of its weights where it is a model."""
-    return f"{reward.name} {fingerprint(reward)}" if isinstance(reward, torch.nn.Module) else reward.name
+    """The name of a reward, with its options, and the fingerprint of its weights where it is a model."""
+    if isinstance(reward, torch.nn.Module):
+        return f"{reward.name} {fingerprint(reward)}"
+    identity: str = getattr(reward, "identity", reward.name)
+    return identity
 
 
 # --- chunks of work ---

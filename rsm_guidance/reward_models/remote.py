@@ -33,6 +33,10 @@ class RemoteDRM:
         return self.client.name
 
     @property
+    def identity(self) -> str:
+        return self.client.identity
+
+    @property
     def requires(self) -> tuple[str, ...]:
         return self.client.requires
 

@@ -32,6 +32,11 @@ class BuiltInReward:
     reads_prompt: ClassVar[bool] = False
 
     @property
+    def identity(self) -> str:
+        """Name and options, by which an interrupted comparison knows that it goes on with the same reward."""
+        return f"{self.name} {self!r}"
+
+    @property
     def requires(self) -> tuple[str, ...]:
         """Names of the columns it needs."""
         return ()

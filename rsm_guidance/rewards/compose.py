@@ -78,6 +78,11 @@ class Composite:
         return " + ".join(parts)
 
     @property
+    def identity(self) -> str:
+        """The terms with their options."""
+        return " + ".join(f"{t.weight:g} {getattr(t.reward, 'identity', t.reward.name)}" for t in self.terms)
+
+    @property
     def differentiable(self) -> bool | None:
         """Whether all terms are; None where one does not know."""
         known = [t.reward.differentiable for t in self.terms]

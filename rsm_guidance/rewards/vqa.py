@@ -57,18 +57,17 @@ class VQA(ModelReward):
         """First tokens of the ways to write the answer.
 
         Raises:
-            UsageError: if the first token of the answer is also that of its opposite, or there is none.
+            UsageError: if no way of writing it begins with a token of its own.
         """
         words = {form for w in (self.answer.lower(), self.answer.capitalize()) for form in (w, f" {w}")}
-        found = {self._first(word) for word in words} - {None, self.processor.tokenizer.unk_token_id}
-        against = {self._first(word) for word in ("no", "No", " no", " No")}
-        if not found - against:
+        found = self._first_tokens(words) - self._first_tokens({"no", "No", " no", " No"})
+        if not found:
             raise UsageError(f"vqa: the tokenizer of {self.model!r} has no token of its own for {self.answer!r}")
-        return sorted(found - against)
+        return sorted(found)
 
-    def _first(self, word: str) -> int | None:
-        ids = self.processor.tokenizer(word, add_special_tokens=False)["input_ids"]
-        return ids[0] if ids else None
+    def _first_tokens(self, words: set[str]) -> set[int]:
+        ids = [self.processor.tokenizer(word, add_special_tokens=False)["input_ids"][:1] for word in words]
+        return {token for first in ids for token in first} - {self.processor.tokenizer.unk_token_id}
 
     def load(self) -> Any:
         _ = self.answers

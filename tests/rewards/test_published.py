@@ -1,7 +1,6 @@
 """Published reward models: small ones in the real layouts against calculations of their own, and what they refuse."""
 
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +9,16 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from torch import Tensor
-from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from transformers import CLIPModel
 
 from rsm_guidance.core.errors import UsageError
 from rsm_guidance.rewards import resolve_reward
 from rsm_guidance.rewards.images import OPENAI_MEAN, OPENAI_STD, longest_side, shortest_side, standardized
-from tests.rewards import independent, layouts
+from tests.rewards import layouts
+from tests.rewards.cases import PUBLISHED, Case, made, processor
 from tests.rewards.layouts import PROMPTS, SIDE, pictures, tensor_of
 
 SIZES = [(64, 64), (40, 75), (97, 41), (32, 32), (33, 32), (24, 16)]
-
-
-def processor(side: int = SIDE) -> CLIPImageProcessorPil:
-    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-
-
-def ids_of(tokenizer: Any) -> list[list[int]]:
-    return [tokenizer(p)["input_ids"] for p in PROMPTS]
 
 
 @pytest.mark.parametrize("size", [*SIZES, (300, 517)])
@@ -71,52 +62,12 @@ def test_constants_are_those_of_the_papers_code() -> None:
     assert image_reward.TOKENS == 35
 
 
-Case = tuple[Any, Callable[[list[Image.Image]], Tensor]]
-
-
-@pytest.fixture(scope="module", params=["clip-score", "pickscore", "hpsv2", "image-reward", "aesthetic"])
+@pytest.fixture(scope="module", params=PUBLISHED)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     """A reward by name, from files in its real layout, and what it should say of images under PROMPTS."""
     torch.manual_seed(5)
     folder = tmp_path_factory.mktemp(request.param)
     return made(request.param, folder)
-
-
-def made(name: str, folder: Path) -> Case:
-    if name == "hpsv2":
-        tensors = layouts.write_hpsv2(folder)
-        ids = ids_of(CLIPTokenizer.from_pretrained(folder))
-
-        def hpsv2(images: list[Image.Image]) -> Tensor:
-            return independent.open_clip_cosine(tensors, standardized(longest_side(tensor_of(images), SIDE)), ids)
-
-        return resolve_reward(f"hpsv2:model={folder}"), hpsv2
-    if name == "image-reward":
-        tensors = layouts.write_image_reward(folder)
-        words = ids_of(layouts.bert_tokenizer(folder))
-
-        def image_reward(images: list[Image.Image]) -> Tensor:
-            pixels = standardized(shortest_side(tensor_of(images), SIDE, rounded_crop=True))
-            return independent.image_reward(tensors, pixels, words)
-
-        return resolve_reward(f"image-reward:model={folder}"), image_reward
-    clip = layouts.hf_clip(folder / "clip")
-    if name == "aesthetic":
-        tensors = layouts.write_aesthetic(folder / "head")
-
-        def aesthetic(images: list[Image.Image]) -> Tensor:
-            features = clip.get_image_features(**processor()(images, return_tensors="pt")).pooler_output.double()
-            return independent.head(tensors, "layers.", features / features.norm(dim=-1, keepdim=True))
-
-        return resolve_reward(f"aesthetic:model={folder / 'head'}:clip={folder / 'clip'}"), aesthetic
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "clip")
-
-    def by_transformers(images: list[Image.Image]) -> Tensor:
-        inputs = processor()(images, return_tensors="pt") | tokenizer(PROMPTS, padding=True, return_tensors="pt")
-        scaled = clip(**inputs).logits_per_image.diagonal()
-        return scaled if name == "pickscore" else scaled / clip.logit_scale.exp()
-
-    return resolve_reward(f"{name}:model={folder / 'clip'}"), by_transformers
 
 
 @pytest.mark.parametrize("size", [(64, 64), (40, 75), (97, 41)])

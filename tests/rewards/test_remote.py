@@ -196,7 +196,7 @@ def test_a_diffusion_reward_model_elsewhere_guides_as_it_does_here(
     here = guided(**call, sampler=StepwiseSampling(3), reward=drm)
     assert there.rewards == pytest.approx(here.rewards, abs=1e-5)
     assert there.ledger.evaluations == here.ledger.evaluations
-    assert list(there.images[0].getdata()) == list(here.images[0].getdata())
+    assert there.images[0].tobytes() == here.images[0].tobytes()
 
 
 def _schedule(pipe: DiffusionPipeline) -> Any:

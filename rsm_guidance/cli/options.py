@@ -41,7 +41,8 @@ class ModelOptions:
     model: Annotated[str, tyro.conf.arg(aliases=["--pipeline"])] = "shapes"
     """Hub id or folder of a diffusers pipeline; "shapes" is the embedded one."""
     reward: str = "shapes-drm"
-    """A name (see `rsm-guidance rewards`), folder or hub id of a reward model, package.module:object, or "A + 0.5 * B"."""
+    """A name (see `rsm-guidance rewards`), with options as in hpsv2:dtype=float16; folder or hub id of a reward model;
+    package.module:object; or "A + 0.5 * B"."""
     steps: int | None = None
     """Denoising steps; default: the model's own."""
     guidance_scale: float | None = None

@@ -14,9 +14,9 @@ from rsm_guidance.cli.options import check_reward, load_reward, quiet_libraries,
 class ServeReward:
     """Score for other machines: their reward is remote:url=http://HOST:PORT.
 
-    rsm-guidance serve-reward shapes-drm --port 8000
+    rsm-guidance serve-reward --port 8000 shapes-drm
 
-    rsm-guidance serve-reward hpsv2:dtype=float16:device=cuda:0 --host 0.0.0.0
+    rsm-guidance serve-reward --host 0.0.0.0 hpsv2:dtype=float16:device=cuda:0
 
     There is no access control: whoever reaches the port can use it.
     """

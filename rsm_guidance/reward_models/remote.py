@@ -41,6 +41,10 @@ class RemoteDRM:
         return self.client.requires
 
     @property
+    def image_size(self) -> int | None:
+        return self.client.image_size
+
+    @property
     def share(self) -> float:
         """Cost of scoring a latent in denoiser evaluations, as the server has it."""
         return float(self.client.facts.get("share", 0.0))

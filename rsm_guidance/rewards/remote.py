@@ -78,6 +78,12 @@ class Remote(BuiltInReward):
     def reads_prompt(self) -> bool:  # type: ignore[override]
         return bool(self.facts.get("reads_prompt", True)) if self.url else True
 
+    @property
+    def image_size(self) -> int | None:
+        """Side of the square images that it was made for; None for one that takes any."""
+        found: int | None = self.facts.get("image_size")
+        return found
+
     def load(self) -> Any:
         """Ask the server what it has; a `reward_models.remote.RemoteDRM` where that scores latents."""
         of_latents = self.facts.get("latents") is True

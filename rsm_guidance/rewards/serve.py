@@ -49,6 +49,7 @@ class Service:
             "reads_prompt": bool(getattr(self.reward, "reads_prompt", True)),
             "latents": hasattr(self.reward, "score") and hasattr(self.reward, "value"),
             "share": float(self.reward.share),
+            "image_size": getattr(self.reward, "image_size", None),
         }
 
     def scores(self, body: bytes, kind: str) -> list[float]:

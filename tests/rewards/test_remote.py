@@ -189,6 +189,7 @@ def test_a_diffusion_reward_model_elsewhere_guides_as_it_does_here(
         remote = resolve_reward(f"remote:url={url}")
         there = guided(**call, sampler=StepwiseSampling(3), reward=remote)
         finished = resolve_reward(f"remote:url={url}:latents=false")
+        assert finished.image_size == remote.image_size == drm.image_size == 64
         image = torch.rand(1, 3, 64, 64)
         assert torch.allclose(finished(image, ["a star"]).float(), drm.score_images(eight_bit(image), ["a star"]))
         with pytest.raises(RewardError, match="refused: status 400"):

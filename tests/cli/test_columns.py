@@ -75,7 +75,9 @@ def test_compare_passes_the_columns_and_goes_on(prompts: Path, tmp_path: Path) -
     arguments = ["compare", "--prompts", str(prompts), "--samplers", "none,best-of-n", "--budget", "20", "--pairs", "0"]
     arguments += ["--out", str(out), "--reward", "color-histogram", "--monitor", "color:color=red", *FEW]
     main(arguments)
-    runs = json.loads((out / "report.json").read_text())["runs"]
+    report = json.loads((out / "report.json").read_text())
+    runs = report["runs"]
+    assert "bins=16" in report["settings"]["guide"]  # other options are another comparison
     assert runs["best-of-n@20"]["reward"][0] > runs["none"]["reward"][0]
     stamp = {path: path.stat().st_mtime_ns for path in (out / "runs").glob("*.json")}
     main(arguments)

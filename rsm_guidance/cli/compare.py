@@ -15,6 +15,7 @@ from rsm_guidance.cli.options import (
     ModelOptions,
     SamplerGroup,
     SamplerOptions,
+    check_reward,
     listed,
     load_reward,
     numbers,
@@ -23,6 +24,7 @@ from rsm_guidance.cli.options import (
 from rsm_guidance.core.errors import UsageError
 
 if TYPE_CHECKING:
+    from rsm_guidance.data.prompts import PromptSet
     from rsm_guidance.samplers import Sampler
 
 
@@ -41,7 +43,8 @@ class Compare:
     prompt: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[PROMPT]")] = None
     """What to draw, instead of --prompts."""
     prompts: Path | None = None
-    """UTF-8 text with one prompt per line, or JSON lines with a "prompt" field in a .jsonl file."""
+    """UTF-8 text with one prompt per line, or JSON lines with a "prompt" field in a .jsonl file,
+    whose other fields are columns for rewards."""
     samplers: str = "none,best-of-n,stepwise"
     """Names, separated by commas, each with options of its own, as in stepwise:trajectories=2; "all" for all."""
     budget: float = 160.0
@@ -68,17 +71,19 @@ class Compare:
     model: ModelGroup = field(default_factory=ModelOptions)
 
     def run(self) -> None:
-        prompts = self._prompts()
+        asked = self._prompts()
         samplers = samplers_of(self.samplers, self.options)
         budgets = (self.budget,) if self.budgets is None else numbers(self.budgets, "--budgets")
         from rsm_guidance.evaluation.compare import Comparison, compare
         from rsm_guidance.io.files import require_writable
 
         require_writable(self.out / "report.json")
-        pipe, reward, generation = self.model.load()
+        for name in (*([self.guide] if self.guide else []), *listed(self.monitor or "")):
+            check_reward(name, asked.prompts, asked.columns)
+        pipe, reward, generation = self.model.load(*(() if self.guide else (asked.prompts, asked.columns)))
         config = Comparison(
-            prompts, samplers, budgets, self.out, self.seed, self.pairs if self.prompt is None else 0,
-            batch_size=self.batch_size, autocast=self.autocast,
+            asked.prompts, samplers, budgets, self.out, self.seed, self.pairs if self.prompt is None else 0,
+            batch_size=self.batch_size, autocast=self.autocast, columns=asked.columns,
         )  # fmt: skip
         guide = reward if self.guide is None else load_reward(self.guide, pipe)
         monitors = {name: load_reward(name, pipe) for name in listed(self.monitor or "")}
@@ -86,8 +91,8 @@ class Compare:
             report = compare(config, pipe, generation, guide, monitors)
         say_report(report)
 
-    def _prompts(self) -> list[str]:
-        from rsm_guidance.io.files import read_prompts
+    def _prompts(self) -> PromptSet:
+        from rsm_guidance.data.prompts import PromptSet, read_prompt_set
 
         if self.images < 1 or self.batch_size < 1 or self.pairs < 0:
             raise UsageError(
@@ -97,10 +102,10 @@ class Compare:
         if (self.prompt is None) == (self.prompts is None):
             raise UsageError("give one prompt, or --prompts with a file of them")
         if self.prompts is not None:
-            return read_prompts(self.prompts)
+            return read_prompt_set(self.prompts)
         if not str(self.prompt).strip():
             raise UsageError("the prompt is empty; say what to draw")
-        return [str(self.prompt)] * self.images
+        return PromptSet([str(self.prompt)] * self.images)
 
 
 def samplers_of(text: str, options: SamplerOptions) -> dict[str, Sampler]:

@@ -6,7 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rsm_guidance.cli.options import ModelGroup, ModelOptions, SamplerGroup, SamplerOptions, load_reward, say
+from rsm_guidance.cli.options import (
+    ModelGroup,
+    ModelOptions,
+    SamplerGroup,
+    SamplerOptions,
+    check_reward,
+    load_reward,
+    say,
+)
 from rsm_guidance.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,7 +29,8 @@ class Evaluate:
     """
 
     prompts: Path
-    """UTF-8 text with one prompt per line, or JSON lines with a "prompt" field in a .jsonl file."""
+    """UTF-8 text with one prompt per line, or JSON lines with a "prompt" field in a .jsonl file,
+    whose other fields are columns for rewards."""
     json: Path
     """JSON file for the result."""
     sampler: str = "none"
@@ -42,25 +51,33 @@ class Evaluate:
             raise UsageError(f"--batch-size must be at least 1; got {self.batch_size}")
         from tqdm.auto import tqdm
 
+        from rsm_guidance.data.prompts import chosen, read_prompt_set
         from rsm_guidance.evaluation.generate import generate, pixels_of, scores_of
-        from rsm_guidance.io.files import read_prompts, require_writable, write_image, write_json
+        from rsm_guidance.io.files import require_writable, write_image, write_json
 
-        sampler, prompts = self.options.build(self.sampler), read_prompts(self.prompts)
+        sampler, asked = self.options.build(self.sampler), read_prompt_set(self.prompts)
         require_writable(self.json)
         if self.images is not None:
             require_writable(self.images / "00000.png")
-        pipe, reward, generation = self.model.load()
+        if self.guide is not None:
+            check_reward(self.guide, asked.prompts, asked.columns)
+        pipe, reward, generation = self.model.load(asked.prompts, asked.columns)
         guide = reward if self.guide is None else load_reward(self.guide, pipe)
         samples: list[Sample] = []
-        with tqdm(total=len(prompts), desc=sampler.name, unit="image") as bar:
-            for batch in generate(pipe, prompts, sampler, guide, generation, self.seed, self.batch_size):
+        with tqdm(total=len(asked.prompts), desc=sampler.name, unit="image") as bar:
+            for batch in generate(
+                pipe, asked.prompts, sampler, guide, generation, self.seed, self.batch_size, columns=asked.columns
+            ):
                 samples += batch
                 bar.update(len(batch))
         samples.sort(key=lambda s: s.index)
         if guide is reward:
             scores = [s.reward for s in samples]
         else:
-            scores = [scores_of(reward, pixels_of([s.image]), [s.prompt])[0] for s in samples]
+            scores = [
+                scores_of(reward, pixels_of([s.image]), [s.prompt], chosen(asked.columns, [s.index]))[0]
+                for s in samples
+            ]
         report = {
             "pipeline": self.model.model,
             "sampler": repr(sampler),

@@ -22,6 +22,7 @@ COMMANDS = {
     "evaluate": "rsm_guidance.cli.evaluate:Evaluate",
     "families": "rsm_guidance.cli.families:Families",
     "rewards": "rsm_guidance.cli.rewards:Rewards",
+    "serve-reward": "rsm_guidance.cli.serve_reward:ServeReward",
     "data check": "rsm_guidance.cli.data:DataCheck",
     "train reward": "rsm_guidance.cli.train:TrainReward",
     "train shapes-reward": "rsm_guidance.cli.train:TrainShapesReward",

@@ -15,6 +15,8 @@ import tyro
 from rsm_guidance.core.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from diffusers import DiffusionPipeline
 
     from rsm_guidance.core.contracts import Reward
@@ -39,7 +41,8 @@ class ModelOptions:
     model: Annotated[str, tyro.conf.arg(aliases=["--pipeline"])] = "shapes"
     """Hub id or folder of a diffusers pipeline; "shapes" is the embedded one."""
     reward: str = "shapes-drm"
-    """A name (see `rsm-guidance rewards`), folder or hub id of a reward model, package.module:object, or "A + 0.5 * B"."""
+    """A name (see `rsm-guidance rewards`), with options as in hpsv2:dtype=float16; folder or hub id of a reward model;
+    package.module:object; or "A + 0.5 * B"."""
     steps: int | None = None
     """Denoising steps; default: the model's own."""
     guidance_scale: float | None = None
@@ -63,8 +66,10 @@ class ModelOptions:
     lora: tuple[str, ...] = ()
     """LoRA adapters, each as PATH or PATH:SCALE: .safetensors files, folders or hub ids."""
 
-    def load(self) -> Model:
+    def load(self, prompts: Sequence[str] | None = None, columns: Mapping[str, Sequence[Any]] | None = None) -> Model:
         """Load the pipeline, and the reward onto it: a diffusion reward model shares its modules.
+
+        Prompts and columns that the reward cannot score are refused before.
 
         Raises:
             UsageError: if either cannot be found or loaded.
@@ -75,7 +80,7 @@ class ModelOptions:
         quiet_libraries()
         loras = require_loras(self.lora)
         require_device(self.device, self.offload)
-        check_reward(self.reward)
+        check_reward(self.reward, prompts, columns)
         sizes = {"height": self.height, "width": self.width, "frames": self.frames}
         generation = Generation.for_model(
             self.model, self.steps, self.guidance_scale, negative_prompt=self.negative_prompt, **sizes
@@ -143,16 +148,26 @@ class SamplerOptions:
 SamplerGroup = Annotated[SamplerOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="sampler", help="")]
 
 
-def check_reward(text: str) -> None:
-    """Refuse a reward that cannot be found whatever the pipeline is, before a pipeline is loaded."""
-    from rsm_guidance.rewards import REWARDS, resolve_reward
+def check_reward(
+    text: str, prompts: Sequence[str] | None = None, columns: Mapping[str, Sequence[Any]] | None = None
+) -> None:
+    """Refuse, before anything is loaded, a reward that cannot be found whatever the pipeline is.
+
+    With prompts, also one that cannot score these, or lacks a column.
+    """
+    from rsm_guidance.rewards import REWARDS, built_in, check_rows, is_sum, parts_of, resolve_reward
 
     if ":" in text and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # so that my_module:function is found in this folder, behind all that is installed
-    composed = " + " in text or " * " in text
-    needs_pipe = text in REWARDS or Path(text).is_dir() or (text.count("/") == 1 and ":" not in text)
-    if not composed and not needs_pipe:
-        resolve_reward(text)
+    for part in parts_of(text):
+        own = built_in(part)
+        if own is not None and prompts is not None:
+            check_rows(own, prompts, columns or {})
+        needs_pipe = part in REWARDS or Path(part).is_dir() or (part.count("/") == 1 and ":" not in part)
+        if not is_sum(text) and own is None and not needs_pipe:
+            found = resolve_reward(part)
+            if prompts is not None:
+                check_rows(found, prompts, columns or {})
 
 
 def load_reward(text: str, pipe: DiffusionPipeline | None = None) -> Reward:
@@ -161,6 +176,17 @@ def load_reward(text: str, pipe: DiffusionPipeline | None = None) -> Reward:
 
     check_reward(text)
     return resolve_reward(text, pipe)
+
+
+def columns_of(settings: Sequence[str]) -> dict[str, list[Any]]:
+    """Columns for one prompt from --column NAME=VALUE, values as YAML.
+
+    Raises:
+        UsageError: for text that sets nothing.
+    """
+    from rsm_guidance.io.config import read_setting
+
+    return {name: [value] for name, value in map(read_setting, settings)}
 
 
 def budget_of(evaluations: float | None, seconds: float | None = None) -> Budget | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from rsm_guidance.cli.options import ModelGroup, ModelOptions, SamplerGroup, SamplerOptions, budget_of, say
+from rsm_guidance.cli.options import ModelGroup, ModelOptions, SamplerGroup, SamplerOptions, budget_of, columns_of, say
 from rsm_guidance.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ class Sample:
     """Name of a sampler, with options of its own, as in stepwise:trajectories=2:transition=cps 0.8; "none" is unguided."""
     value: str | None = None
     """What scores noisy latents, where it is not the reward: tweedie, smoothed, lookahead, or a diffusion reward model."""
+    column: tuple[str, ...] = ()
+    """What the reward reads besides the prompt, as NAME=VALUE."""
     options: SamplerGroup = field(default_factory=SamplerOptions)
     model: ModelGroup = field(default_factory=ModelOptions)
 
@@ -60,7 +62,8 @@ class Sample:
         from rsm_guidance.values import resolve_value
 
         sampler, budget = self.options.build(self.sampler), budget_of(self.budget, self.seconds)
-        pipe, reward, generation = self.model.load()
+        columns = columns_of(self.column)
+        pipe, reward, generation = self.model.load([self.prompt], columns)
         call = generation.call() | self._output(pipe)
         with tqdm(desc=sampler.name, unit="step") as bar:
 
@@ -72,6 +75,7 @@ class Sample:
                 prompt=self.prompt,
                 sampler=sampler,
                 reward=reward,
+                reward_columns=columns,
                 value=None if self.value is None else resolve_value(self.value, pipe),
                 seed=self.seed,
                 budget=budget,

@@ -19,7 +19,7 @@ from rsm_guidance.core.errors import UsageError
 from rsm_guidance.core.schedule import NoiseSchedule
 from rsm_guidance.core.transitions import CPS, Transition
 from rsm_guidance.evaluation.generate import Generation, task_of
-from rsm_guidance.io.config import check_options, read_yaml
+from rsm_guidance.io.config import check_options, read_options
 from rsm_guidance.io.files import write_atomically, write_json
 from rsm_guidance.rollouts import trajectories
 from rsm_guidance.samplers import Task
@@ -78,15 +78,9 @@ def value_source(text: str, pipe: DiffusionPipeline) -> ValueSource:
     Raises:
         UsageError: if there is no such estimator or reward model, or it does not take the options.
     """
-    name, *settings = text.split(":")
-    if name not in ESTIMATORS:
+    if text.partition(":")[0] not in ESTIMATORS:
         return resolve_value(text, pipe)
-    options = {}
-    for setting in settings:
-        field, equals, value = setting.partition("=")
-        if not equals:
-            raise UsageError(f"{setting!r} in {text!r} sets nothing; write field=value")
-        options[field] = read_yaml(value)
+    name, options = read_options(text)
     source: ValueSource = ESTIMATORS[name](**check_options(ESTIMATORS[name], options, f"the value {name!r}"))
     return source
 

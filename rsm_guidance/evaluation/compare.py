@@ -13,7 +13,7 @@ under `accelerate launch` every process takes its share of the chunks.
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from rsm_guidance.core.contracts import Reward
 from rsm_guidance.core.errors import UsageError
 from rsm_guidance.core.ledger import Budget
+from rsm_guidance.data.prompts import chosen
 from rsm_guidance.engine.families import denoisers_of
 from rsm_guidance.evaluation.generate import (
     Generation,
@@ -42,6 +43,7 @@ from rsm_guidance.evaluation.report.pictures import grid
 from rsm_guidance.evaluation.report.tables import comparison_table
 from rsm_guidance.evaluation.statistics import mean_interval
 from rsm_guidance.io.files import read_json, write_atomically, write_image, write_json
+from rsm_guidance.rewards import check_rows
 from rsm_guidance.samplers import Sampler, Unguided
 from rsm_guidance.samplers.planning import Costs, fit_to_budget
 
@@ -63,6 +65,7 @@ class Comparison:
         batch_size: prompts per call; changes no image.
         chunk: prompts per chunk of work.
         autocast: run in bfloat16 autocast, which is faster on CPUs; figures are reported as such.
+        columns: what rewards read besides the prompts, an entry for each.
     """
 
     prompts: list[str]
@@ -75,6 +78,7 @@ class Comparison:
     batch_size: int = 16
     chunk: int = 64
     autocast: bool = False
+    columns: Mapping[str, list[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         wrong = next((b for b in self.budgets if not 0 < b <= _LARGEST_BUDGET), None)
@@ -117,7 +121,9 @@ def compare(
     Raises:
         UsageError: if no budget pays for any of the samplers.
     """
-    costs = costs_of(pipe, generation, guide)
+    for reward in (guide, *(monitors or {}).values()):
+        check_rows(reward, config.prompts, config.columns)
+    costs = costs_of(pipe, generation, guide, config.prompts[0], {n: v[0] for n, v in config.columns.items()})
     plan, skipped = _plan(config, costs)
     settings = {
         "steps": costs.schedule.steps, "unguided_cost": costs.once, "seed": config.seed, "autocast": config.autocast,
@@ -179,8 +185,11 @@ def budgets_at(multiples: tuple[float, ...], costs: Costs) -> tuple[float, ...]:
 
 
 def _named(reward: Reward) -> str:
-    """The name of a reward, and the fingerprint of its weights where it is a model."""
-    return f"{reward.name} {fingerprint(reward)}" if isinstance(reward, torch.nn.Module) else reward.name
+    """The name of a reward, with its options, and the fingerprint of its weights where it is a model."""
+    if isinstance(reward, torch.nn.Module):
+        return f"{reward.name} {fingerprint(reward)}"
+    identity: str = getattr(reward, "identity", reward.name)
+    return identity
 
 
 # --- chunks of work ---
@@ -200,10 +209,11 @@ def _path(config: Comparison, run: _Run, chunk: list[int], second: bool) -> Path
 
 def _asked(config: Comparison, settings: dict[str, Any], run: _Run, chunk: list[int]) -> dict[str, Any]:
     prompts = [config.prompts[i] for i in chunk]
-    return {
+    asked = {
         "settings": settings, "sampler": repr(run.sampler), "budget": run.budget, "prompts": prompts,
         "copies": _copies(config, chunk),
     }  # fmt: skip
+    return asked | ({"columns": chosen(config.columns, chunk)} if config.columns else {})
 
 
 def _copies(config: Comparison, chunk: list[int]) -> list[int]:
@@ -243,8 +253,9 @@ def _work(
     cap = None if run.budget is None else Budget(evaluations=run.budget)
     samples: list[Sample] = []
     with torch.autocast(pipe.device.type, torch.bfloat16, enabled=config.autocast):
-        copies = _copies(config, chunk)
-        for batch in generate(pipe, prompts, run.sampler, guide, generation, seed, config.batch_size, cap, copies):
+        copies, columns = _copies(config, chunk), chosen(config.columns, chunk)
+        made = generate(pipe, prompts, run.sampler, guide, generation, seed, config.batch_size, cap, copies, columns)
+        for batch in made:
             samples += batch
     samples.sort(key=lambda s: s.index)
     pixels = pixels_of([s.image for s in samples])
@@ -256,7 +267,7 @@ def _work(
     result = {
         "asked": _asked(config, settings, run, chunk),
         "reward": [s.reward for s in samples],
-        "monitors": {name: scores_of(reward, pixels, prompts) for name, reward in monitors.items()},
+        "monitors": {name: scores_of(reward, pixels, prompts, columns) for name, reward in monitors.items()},
         "evaluations": [s.evaluations for s in samples],
         "seconds": [s.seconds for s in samples],
     }

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +17,12 @@ from rsm_guidance.core.contracts import Reward
 from rsm_guidance.core.errors import UsageError
 from rsm_guidance.core.ledger import Budget
 from rsm_guidance.core.random import Purpose, RandomStreams, derive_seed
+from rsm_guidance.data.prompts import chosen
 from rsm_guidance.engine import PipelineDenoiser
 from rsm_guidance.io.fingerprint import fingerprint
 from rsm_guidance.io.names import packaged_model
 from rsm_guidance.pipelines.load import load_pipeline
-from rsm_guidance.rewards import scored
+from rsm_guidance.rewards import check_rows, scored
 from rsm_guidance.samplers import Sampler, Task
 from rsm_guidance.samplers.planning import Costs
 from rsm_guidance.values import resolve_value
@@ -118,10 +119,12 @@ def generate(
     batch_size: int = 16,
     budget: Budget | None = None,
     copies: list[int] | None = None,
+    columns: Mapping[str, Sequence[Any]] | None = None,
 ) -> Iterator[list[Sample]]:
     """Images for prompts, batch by batch.  Batching changes no image: random numbers are named by prompt.
 
-    `copies` numbers the repetitions of each prompt, by default within `prompts` (see `copies_of`).
+    `copies` numbers the repetitions of each prompt, by default within `prompts` (see `copies_of`); `columns` are what rewards
+    read besides, with an entry for each prompt.
 
     Raises:
         KeyboardInterrupt: on Ctrl-C; what was cut short is not yielded.
@@ -132,13 +135,16 @@ def generate(
     for copy, indices in rounds.items():
         named = seed if copy == 0 else derive_seed(seed, "copy", copy)
         for start in range(0, len(indices), batch_size):
-            chosen = indices[start : start + batch_size]
-            batch = [prompts[i] for i in chosen]
+            places = indices[start : start + batch_size]
+            batch = [prompts[i] for i in places]
             began = time.perf_counter()
             call = generation.call()
             if isinstance(call.get("negative_prompt"), str):
                 call["negative_prompt"] = [call["negative_prompt"]] * len(batch)
-            out = pipe(prompt=batch, sampler=sampler, reward=reward, seed=named, budget=budget, **call)
+            told = chosen(columns or {}, places)
+            out = pipe(
+                prompt=batch, sampler=sampler, reward=reward, seed=named, budget=budget, reward_columns=told, **call
+            )
             if out.ledger.stopped == "interrupted":
                 raise KeyboardInterrupt
             seconds = (time.perf_counter() - began) / len(batch)
@@ -146,7 +152,7 @@ def generate(
             rewards = out.rewards or [None] * len(batch)
             yield [
                 Sample(i, p, image, r, cost, seconds, out.trace)
-                for i, p, image, r in zip(chosen, batch, out.images, rewards, strict=True)
+                for i, p, image, r in zip(places, batch, out.images, rewards, strict=True)
             ]
 
 
@@ -158,6 +164,7 @@ def task_of(
     reward: Reward | None,
     seed: int = 0,
     autocast: bool = False,
+    columns: Mapping[str, Sequence[Any]] | None = None,
 ) -> Iterator[Task]:
     """The task of a guided call for these prompts, to follow its runs from within; without gradients.
 
@@ -173,7 +180,7 @@ def task_of(
         torch.autocast(pipe.device.type, torch.bfloat16, enabled=autocast),
         closing(PipelineDenoiser(pipe, call)) as denoiser,
     ):
-        yield Task(denoiser, streams, reward=own, value=value)
+        yield Task(denoiser, streams, reward=own, value=value, columns=columns or {})
 
 
 def copies_of(prompts: list[str]) -> list[int]:
@@ -186,9 +193,19 @@ def copies_of(prompts: list[str]) -> list[int]:
     return result
 
 
-def costs_of(pipe: DiffusionPipeline, generation: Generation, reward: Reward | None) -> Costs:
-    """What a call consists of, for `samplers.planning`: its levels, and the NFE of denoising and scoring, without running it."""
-    with task_of(pipe, ["-"], generation, reward) as task:
+def costs_of(
+    pipe: DiffusionPipeline,
+    generation: Generation,
+    reward: Reward | None,
+    prompt: str = "-",
+    columns: Mapping[str, Any] | None = None,
+) -> Costs:
+    """What a call consists of, for `samplers.planning`: its levels, and the NFE of denoising and scoring, without running it.
+
+    The prompt and its entries of columns are of no matter for the costs, but the reward must be able to read them.
+    """
+    told = {name: [value] for name, value in (columns or {}).items()}
+    with task_of(pipe, [prompt], generation, reward, columns=told) as task:
         return Costs.of(task)
 
 
@@ -198,8 +215,12 @@ def pixels_of(images: list[Image.Image]) -> Tensor:
     return torch.from_numpy(arrays).permute(0, 3, 1, 2) / 255
 
 
-def scores_of(reward: Reward, images: Tensor, prompts: list[str]) -> list[float]:
-    """Checked scores of finished images [B, 3, H, W] in [0, 1]."""
+def scores_of(
+    reward: Reward, images: Tensor, prompts: list[str], columns: Mapping[str, Sequence[Any]] | None = None
+) -> list[float]:
+    """Checked scores of finished images [B, 3, H, W] in [0, 1]; columns with B entries each, as the reward requires them."""
+    check_rows(reward, prompts, columns or {})
+    own = {name: list((columns or {})[name]) for name in reward.requires}
     with torch.no_grad():
-        scores: list[float] = scored(lambda: reward(images, prompts), len(images), reward.name).tolist()
+        scores: list[float] = scored(lambda: reward(images, prompts, **own), len(images), reward.name).tolist()
     return scores

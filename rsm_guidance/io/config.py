@@ -126,6 +126,56 @@ def read_yaml(text: str) -> Any:
     return yaml.load(text, _Loader)  # noqa: S506 - a safe loader
 
 
+def read_options(text: str) -> tuple[str, dict[str, Any]]:
+    """The name and the options of "name:field=value:field=value".
+
+    Values are YAML.  A colon ends no field inside quotes or brackets, nor inside a value such as http://host:80 or cuda:1.
+
+    Raises:
+        UsageError: for text that sets nothing or cannot be read.
+    """
+    name, *settings = _parts(text)
+    return name.strip(), dict(read_setting(setting, f" in {text!r}") for setting in settings)
+
+
+def read_setting(text: str, where: str = "") -> tuple[str, Any]:
+    """The field and the value, YAML, of "field=value".
+
+    Raises:
+        UsageError: for text that sets nothing or cannot be read; `where` ends its subject.
+    """
+    field, equals, value = text.partition("=")
+    if not equals or not field.strip():
+        raise UsageError(f"{text!r}{where} sets nothing; write field=value")
+    try:
+        return field.strip(), read_yaml(value)
+    except yaml.YAMLError as error:
+        raise UsageError(f"cannot read {value!r}{where or f' of {text!r}'}") from error
+
+
+_INSIDE = re.compile(r":(//|\d+(?![^:/\s]))")
+"""A colon of an address or a device: before `//`, or before a number that ends there."""
+
+
+def _parts(text: str) -> list[str]:
+    """Text between colons that end a field."""
+    parts, depth, quote = [""], 0, ""
+    for index, letter in enumerate(text):
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "\"'":
+            quote = letter
+        elif letter in "{[(":
+            depth += 1
+        elif letter in "}])":
+            depth -= 1
+        elif letter == ":" and depth <= 0 and not ("=" in parts[-1] and _INSIDE.match(text, index)):
+            parts.append("")
+            continue
+        parts[-1] += letter
+    return parts
+
+
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with the truth values and numbers of YAML 1.2."""
 

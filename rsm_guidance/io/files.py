@@ -211,7 +211,12 @@ def require_regular(path: Path) -> Path:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Prompts of a UTF-8 file: one per line, or JSON lines with a "prompt" field (.jsonl).
+    """Prompts of a UTF-8 file: one per line, or JSON lines with a "prompt" field (.jsonl).  Errors as `read_prompt_rows`."""
+    return [row["prompt"] for row in read_prompt_rows(path)]
+
+
+def read_prompt_rows(path: Path) -> list[dict[str, Any]]:
+    """Lines of a UTF-8 file of prompts, each {"prompt": ...} and, in JSON lines (.jsonl), with the other fields.
 
     Raises:
         ValueError: if the file is missing, not UTF-8, empty, or a line has no prompt.
@@ -225,16 +230,19 @@ def read_prompts(path: Path) -> list[str]:
     lines = [line for line in lines if line]
     if path.suffix == ".jsonl":
         try:
-            found = [json.loads(line)["prompt"] for line in lines]
+            rows = [json.loads(line) for line in lines]
+            found = [row["prompt"] for row in rows]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"every line of {path} must be a JSON object with a 'prompt': {error!r}") from error
         strange = next((p for p in found if not isinstance(p, str)), None)
         if strange is not None or None in found:
             raise ValueError(f"every 'prompt' of {path} must be a text; got {strange!r}")
         lines = [prompt.strip() for prompt in found]
+    else:
+        rows = [{} for _ in lines]
     if not lines or not all(lines):
         raise ValueError(f"the prompts file {path} holds no prompts; write one per line")
-    return lines
+    return [row | {"prompt": prompt} for row, prompt in zip(rows, lines, strict=True)]
 
 
 def _upright(file: Image.Image) -> Image.Image:

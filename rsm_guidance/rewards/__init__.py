@@ -6,14 +6,14 @@ from rsm_guidance.rewards.base import (
     RowReward,
     ScoreDistribution,
     as_reward,
-    check_columns,
+    check_rows,
     checked_scores,
     crashed_in_reward,
     name_of,
     scored,
 )
 from rsm_guidance.rewards.compose import Composite, Term
-from rsm_guidance.rewards.registry import REWARDS, resolve_reward
+from rsm_guidance.rewards.registry import REWARDS, built_in, is_sum, parts_of, resolve_reward
 
 __all__ = [
     "REWARDS",
@@ -24,10 +24,13 @@ __all__ = [
     "ScoreDistribution",
     "Term",
     "as_reward",
-    "check_columns",
+    "built_in",
+    "check_rows",
     "checked_scores",
     "crashed_in_reward",
+    "is_sum",
     "name_of",
+    "parts_of",
     "resolve_reward",
     "scored",
 ]

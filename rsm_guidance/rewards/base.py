@@ -111,15 +111,28 @@ def as_reward(reward: Any) -> Reward:
     )
 
 
-def check_columns(reward: Reward, columns: Mapping[str, Sequence[Any]], count: int) -> None:
-    """Raise a UsageError unless the columns that a reward requires are there, with one entry for each of `count` images."""
+def check_rows(reward: Reward, prompts: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> None:
+    """Raise a UsageError for prompts and columns that a reward cannot score: before anything is drawn for them.
+
+    The columns that it requires must be there with one entry for each prompt; a reward may have a `check(prompts, columns)` of
+    its own besides.
+    """
     for name in reward.requires:
         if name not in columns:
             raise UsageError(
-                f"the reward {reward.name} needs the column {name!r} for every prompt; pass reward_columns={{{name!r}: [...]}}"
+                f"the reward {reward.name} needs the column {name!r} for every prompt; pass reward_columns={{{name!r}: [...]}}, "
+                "or a .jsonl file of prompts that has it"
             )
-        if len(columns[name]) != count:
-            raise UsageError(f"the column {name!r} has {len(columns[name])} entries for {count} images; give one each")
+        if len(columns[name]) != len(prompts):
+            raise UsageError(
+                f"the column {name!r} has {len(columns[name])} entries for {len(prompts)} images; give one each"
+            )
+        lacking = next((p for p, v in zip(prompts, columns[name], strict=True) if v is None), None)
+        if lacking is not None:
+            raise UsageError(f"the reward {reward.name} needs the column {name!r}; the prompt {lacking!r} has none")
+    own = getattr(reward, "check", None)
+    if own is not None:
+        own(list(prompts), {name: list(columns[name]) for name in reward.requires})
 
 
 def checked_scores(scores: object, count: int, name: str, finite: bool = True) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rsm_guidance.core.contracts import Reward
-from rsm_guidance.rewards.base import RewardError, as_reward
+from rsm_guidance.rewards.base import RewardError, as_reward, check_rows
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,11 @@ class Composite:
         return " + ".join(parts)
 
     @property
+    def identity(self) -> str:
+        """The terms with their options."""
+        return " + ".join(f"{t.weight:g} {getattr(t.reward, 'identity', t.reward.name)}" for t in self.terms)
+
+    @property
     def differentiable(self) -> bool | None:
         """Whether all terms are; None where one does not know."""
         known = [t.reward.differentiable for t in self.terms]
@@ -102,6 +107,11 @@ class Composite:
         """What counts at a share of the run, in [0, 1]; the whole composite where no window is open."""
         open_now = tuple(t for t in self.terms if t.window[0] <= progress <= t.window[1])
         return dataclasses.replace(self, terms=open_now or self.terms)
+
+    def check(self, prompts: list[str], columns: dict[str, list[Any]]) -> None:
+        """Raise a UsageError for prompts and columns that a term cannot score."""
+        for term in self.terms:
+            check_rows(term.reward, prompts, columns)
 
     def __call__(self, images: Tensor, prompts: list[str], **columns: list[Any]) -> Tensor:
         """Scores [B] of images [B, 3, H, W] in [0, 1]; columns as the terms require them."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rsm_guidance.core.contracts import Reward
-from rsm_guidance.rewards import RowReward, as_reward, check_columns, scored
+from rsm_guidance.rewards import RowReward, as_reward, check_rows, scored
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Watch:
     history: list[dict[str, list[float | None]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        check_columns(self.monitor.reward, self.columns, len(self.prompts))
+        check_rows(self.monitor.reward, self.prompts, self.columns)
         self.proxy = torch.full((len(self.prompts),), -torch.inf, dtype=torch.float64)
         self.gold = self.proxy.clone()
         self.bad_rounds = torch.zeros(len(self.prompts), dtype=torch.int64)

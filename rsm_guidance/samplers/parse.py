@@ -2,10 +2,8 @@
 
 from typing import Any
 
-import yaml
-
 from rsm_guidance.core.errors import UsageError
-from rsm_guidance.io.config import check_options, read_yaml
+from rsm_guidance.io.config import check_options, read_options
 from rsm_guidance.samplers.backtracking import Backtracking
 from rsm_guidance.samplers.best_of_n import BestOfN
 from rsm_guidance.samplers.demon import Demon
@@ -70,32 +68,5 @@ def parse_sampler(text: str, **options: Any) -> Sampler:
     Raises:
         UsageError: as in `make_sampler`, or for text that sets nothing or cannot be read.
     """
-    name, *settings = _parts(text)
-    for setting in settings:
-        field, equals, value = setting.partition("=")
-        if not equals:
-            raise UsageError(f"{setting!r} in {text!r} sets nothing; write field=value")
-        try:
-            options[field.strip()] = read_yaml(value)
-        except yaml.YAMLError as error:
-            raise UsageError(f"cannot read {value!r} in {text!r}") from error
-    return make_sampler(name.strip(), **options)
-
-
-def _parts(text: str) -> list[str]:
-    """Text between colons that stand in no quotes and no brackets."""
-    parts, depth, quote = [""], 0, ""
-    for letter in text:
-        if quote:
-            quote = "" if letter == quote else quote
-        elif letter in "\"'":
-            quote = letter
-        elif letter in "{[(":
-            depth += 1
-        elif letter in "}])":
-            depth -= 1
-        elif letter == ":" and depth <= 0:
-            parts.append("")
-            continue
-        parts[-1] += letter
-    return parts
+    name, given = read_options(text)
+    return make_sampler(name, **(options | given))

@@ -14,7 +14,7 @@ from rsm_guidance.core.meter import MeteredDenoiser, MeteredReward, MeteredValue
 from rsm_guidance.core.random import Name, RandomStreams
 from rsm_guidance.core.schedule import NoiseSchedule, Prediction
 from rsm_guidance.core.transitions import GaussianTransition, Transition
-from rsm_guidance.rewards import RowReward, as_reward, check_columns, name_of, scored
+from rsm_guidance.rewards import RowReward, as_reward, check_rows, name_of, scored
 from rsm_guidance.rollouts.collect import initial_generators, initial_noise, interleave, step_noise, take
 from rsm_guidance.rollouts.record import Step
 from rsm_guidance.samplers.failures import Failures
@@ -74,7 +74,7 @@ class Task:
     def bound_reward(self, reward: Reward | Callable[..., Any]) -> RowReward:
         """A reward that knows the rows of this task, metered."""
         found = as_reward(reward)
-        check_columns(found, self.columns, self.count)
+        check_rows(found, self.prompts, self.columns)
         return RowReward(MeteredReward(found, self.ledger), self.prompts, self.columns)
 
     def bound_value(self, value: Any) -> MeteredValue:

@@ -58,7 +58,8 @@ VALUES = [
 ]
 REWARDS = [
     "shapes-drm", "shapes-verifier", "shapes-drm + 0.5 * shapes-verifier", "1e308 * shapes-drm + 1e308 * shapes-verifier",
-    "nan * shapes-drm", "x * y", " + ", "nothing:there", "os:getcwd", "json:loads", "math:nan", ":", "a/b/c", "../..",
+    "nan * shapes-drm", "x * y", " + ", "nothing:there", "os:getcwd", "json:loads", "math:nan", ":", "a/b/c", "../..", "color", "color:color=nothing", "compressibility:quality=0", "color-histogram", "ocr", "remote",
+    "remote:url=http://127.0.0.1:1:retries=0", "pickscore:model=/nowhere", "hpsv2:version=3", "clip-score:micro_batch=nan",
 ]  # fmt: skip
 PATHS = [
     "prompts.txt",

@@ -83,7 +83,11 @@ class DiffusionRewardModel(
         self._pipe = (pipe,)  # in a tuple, so that it is no submodule and no parameter of ours
         head, outputs = HEADS[drm_config.head], width_of(drm_config.output, drm_config.grades)
         trunk = Trunk(
-            pipe, drm_config.blocks, drm_config.taps, drm_config.adaptation == "frozen", bool(head.reads_prediction)
+            pipe,
+            drm_config.blocks,
+            drm_config.taps,
+            drm_config.adaptation == "frozen",
+            bool(getattr(head, "reads_prediction", False)),
         )
         if drm_config.adaptation == "lora":
             _add_lora(trunk, drm_config.lora_rank)

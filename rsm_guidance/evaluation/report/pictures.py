@@ -1,6 +1,7 @@
 """Grids of images with captions under them."""
 
 import bisect
+import math
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -40,7 +41,8 @@ def _shorten(
 ) -> str:
     if len(text) <= width and draw.textlength(text, font=font) <= width:  # a letter is at least a pixel wide
         return text
+    lengths = range(min(len(text), width))
     fitting = bisect.bisect_right(
-        range(min(len(text), width)), width, key=lambda n: draw.textlength(text[: n + 1] + "…", font=font)
+        lengths, width, key=lambda n: math.ceil(draw.textlength(text[: n + 1] + "…", font=font))
     )
     return text[:fitting] + "…"

@@ -82,15 +82,18 @@ class NoiseConfig:
     """The level to which both images of a pair are noised.
 
     Attributes:
-        law: of a number u in [0, 1] that picks a level of the scheduler's own table: "uniform", or "logit-normal", u =
-            sigmoid(mean + deviation * z) with z ~ N(0, 1).
+        law: of a number u in [0, 1] that picks a level of the scheduler's own table: "uniform", "beta", or
+            "logit-normal", u = sigmoid(mean + deviation * z) with z ~ N(0, 1). The noisiest level has u = 1.
         mean, deviation: of the logit-normal law.
+        a, b: of the beta law.
         same: whether both images of a pair get the same noise; by default each has its own, as in the paper's code.
     """
 
-    law: Literal["uniform", "logit-normal"] = "uniform"
+    law: Literal["uniform", "logit-normal", "beta"] = "uniform"
     mean: float = 0.0
     deviation: float = 1.0
+    a: float = 1.0
+    b: float = 1.0
     same: bool = False
 
     def __post_init__(self) -> None:
@@ -98,6 +101,7 @@ class NoiseConfig:
             raise UsageError(
                 f"noise.mean must be finite and noise.deviation positive; got {self.mean} and {self.deviation}"
             )
+        _require_positive(self, "noise.", "a", "b")
 
 
 LossName = Literal[

@@ -19,6 +19,9 @@ def drawn_levels(config: NoiseConfig, table: NoiseTable, seed: int, epoch: int, 
     streams = RandomStreams(seed, tuple(("pair", pair) for pair in pairs))
     if config.law == "uniform":
         u = torch.cat([streams.uniforms(row, 1, "level", epoch) for row in range(len(pairs))])
+    elif config.law == "beta":
+        drawn = [streams.beta(row, config.a, config.b, "level", epoch) for row in range(len(pairs))]
+        u = torch.tensor(drawn, dtype=torch.float64)
     else:
         z = streams.normals(range(len(pairs)), (), [("level", epoch)] * len(pairs)).double()
         u = (config.mean + config.deviation * z).sigmoid()

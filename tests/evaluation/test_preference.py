@@ -18,7 +18,7 @@ from rsm_guidance.evaluation.preference.figures import (
     scores_vary,
     soft_loss,
 )
-from rsm_guidance.training.reward_model.objective import soft_bradley_terry
+from rsm_guidance.training.reward_model.pair_losses import bradley_terry as soft_bradley_terry
 from tests.training.reward_model.worlds import write_choices
 
 

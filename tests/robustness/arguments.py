@@ -130,7 +130,7 @@ def arguments(rng: random.Random) -> list[str]:
             "--sampler": lambda: sampler(rng),
             "--batch-size": lambda: option(NUMBERS),
         },
-        "train reward": {
+        "train shapes-reward": {
             "--config": lambda: option(["missing.yaml", "file.txt", "bad.yaml", "folder", "/dev/zero"]),
             "--out": lambda: option(["run", "file.txt"]),
             "--steps": lambda: option([n for n in NUMBERS if n not in _LONG]),
@@ -149,9 +149,9 @@ def arguments(rng: random.Random) -> list[str]:
         words.append(rng.choice(["a red star", *WORDS]))
     if command == "score":
         words += [option(["missing.png", "file.txt", "folder", "loop", "/dev/zero"]) for _ in range(rng.randrange(3))]
-    if command == "train reward":  # in seconds, where it is right
+    if command == "train shapes-reward":  # in seconds, where it is right
         words += ["--config", "tiny.yaml"]
-    own = kinds[command] | ({} if command in ("train reward", "score", "benchmark values") else common)
+    own = kinds[command] | ({} if command in ("train shapes-reward", "score", "benchmark values") else common)
     for name in rng.sample([*own], min(len(own), rng.randrange(1, 6))):
         words += [name, own[name]()]
     return words

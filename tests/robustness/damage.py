@@ -78,7 +78,7 @@ def subjects(made: Path) -> list[Subject]:
     evaluate = ["evaluate", "--json", "e.json", "--reward", "shapes-verifier", *STEPS, "--prompts"]
     sample = ["sample", "a red star", "--out", "o.png", *STEPS]
     tree = [*sample, "--reward", "shapes-verifier", "--sampler", "tree-search:simulations=3:tree_file=t.safetensors"]
-    train = ["train", "reward", "--config", "c.yaml", "--out", "run"]
+    train = ["train", "shapes-reward", "--config", "c.yaml", "--out", "run"]
     config = (
         "{{prompts: 4, validation_prompts: 2, steps: {}, batch_groups: 2, evaluate_every: 1, blocks: 1, head_width: 8, "
         "groups: {{steps: 3, siblings: 2}}}}\n"

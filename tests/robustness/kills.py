@@ -57,7 +57,7 @@ JOBS = {
          "none,best-of-n,stepwise,svdd", "--budget", "40", "--pairs", "0", "--out", "report"),
         _report,
     ),
-    "train": Job(("train", "reward", "--config", "tiny.yaml", "--out", "run"), _trained),
+    "train": Job(("train", "shapes-reward", "--config", "tiny.yaml", "--out", "run"), _trained),
 }  # fmt: skip
 
 

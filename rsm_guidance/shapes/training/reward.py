@@ -51,6 +51,8 @@ def train_reward(config: ShapesRewardConfig) -> dict[str, Any]:
     pipe.set_progress_bar_config(disable=True)
     captions = validation_captions(config.validation_prompts)
     untrained(pipe, config)  # refuses what does not suit the denoiser, before anything is written
+    if (out / "model").exists():  # of the run that goes on; damage is told before more work is done
+        DiffusionRewardModel.from_pretrained(str(out / "model"), pipe=pipe)
     data = reward_data(pipe, config, captions)
     objective = build_objective(pipe, data, config)
     trunk_lr = config.lr * (_TUNED_TRUNK if config.adaptation == "full" else 1.0)

@@ -27,7 +27,8 @@ from rsm_guidance.training.reward_model import trainer as training
 from rsm_guidance.training.reward_model.collate import PreparedData, collate
 from rsm_guidance.training.reward_model.config import DataConfig, LossConfig, ModelConfig, OptimizerConfig, RewardConfig
 from rsm_guidance.training.reward_model.evaluate import score_pairs
-from rsm_guidance.training.reward_model.objective import PairObjective, soft_bradley_terry
+from rsm_guidance.training.reward_model.objective import PairObjective
+from rsm_guidance.training.reward_model.pair_losses import bradley_terry as soft_bradley_terry
 from rsm_guidance.training.reward_model.run import require_run
 from rsm_guidance.training.reward_model.trainer import build_model, build_objective, train_reward
 from tests.training.reward_model.worlds import tiny, write_choices
@@ -224,7 +225,7 @@ def test_a_soft_tie_pulls_scores_together_and_pairs_count_by_their_weight(
     batch = collate([data.train[i] for i in range(3)], 0)
     batch |= {"weight": torch.tensor([1.0, 0.5, 0.5]), "probability": torch.tensor([1.0, 0.0, 0.5])}
     with torch.no_grad():
-        m = objective._scored(batch) @ torch.tensor([1.0, -1.0])
+        m = objective._outputs(batch)[0][..., 0] @ torch.tensor([1.0, -1.0])
         found = objective(batch)["loss"]
     tie = math.log(math.cosh(m[2].item() / 2))  # cross-entropy of a tie, less log 2
     by_hand = (math.log1p(math.exp(-m[0])) + 0.5 * math.log1p(math.exp(m[1])) + 0.5 * tie) / 2
@@ -235,9 +236,9 @@ def test_noise_belongs_to_the_pair_and_the_epoch(sd3: Path, choices: Path, tmp_p
     objective, data = objective_of(tiny(sd3, choices, tmp_path / "a"))
     items = [data.train[i] for i in range(4)]
     with torch.no_grad():
-        together = objective._scored(collate(items, 3))
-        alone = torch.cat([objective._scored(collate([item], 3)) for item in items])
-        later = objective._scored(collate(items, 4))
+        together = objective._outputs(collate(items, 3))[0][..., 0]
+        alone = torch.cat([objective._outputs(collate([item], 3))[0][..., 0] for item in items])
+        later = objective._outputs(collate(items, 4))[0][..., 0]
     assert torch.allclose(together, alone, rtol=0, atol=1e-5) and not torch.allclose(together, later, atol=1e-3)
 
 
@@ -374,7 +375,7 @@ from rsm_guidance.training.reward_model.config import LossConfig
 from rsm_guidance.training.reward_model.trainer import train_reward
 from tests.training.reward_model.worlds import tiny
 pipeline, data, out = map(Path, sys.argv[1:4])
-config = tiny(pipeline, data, out, steps=int(sys.argv[4]), loss=LossConfig("skip"))
+config = tiny(pipeline, data, out, steps=int(sys.argv[4]), loss=LossConfig(ties="skip"))
 train_reward(config)
 """
 
@@ -386,7 +387,7 @@ def test_two_processes_equal_one(sd3: Path, choices: Path, tmp_path: Path) -> No
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     process = run(str(script), sd3, choices, tmp_path / "two", 6, launcher=launcher)
     assert process.wait(300) == 0, process.communicate()[0][-3000:]
-    one = tiny(sd3, choices, tmp_path / "one", loss=LossConfig("skip"))
+    one = tiny(sd3, choices, tmp_path / "one", loss=LossConfig(ties="skip"))
     train_reward(one)
     alone, together = log(one.out), log(tmp_path / "two")
     assert len(together) == len(alone)
@@ -420,7 +421,7 @@ def test_weights_in_shards_train_as_whole_ones_and_resume(
         process = run(str(script), sd3, choices, tmp_path / "two", steps, launcher=launcher)
         assert process.wait(300) == 0, process.communicate()[0][-3000:]
     monkeypatch.delenv("ACCELERATE_USE_FSDP")
-    one = tiny(sd3, choices, tmp_path / "one", loss=LossConfig("skip"))
+    one = tiny(sd3, choices, tmp_path / "one", loss=LossConfig(ties="skip"))
     train_reward(one)
     losses = [{e["step"]: e["loss"] for e in log(out) if "loss" in e} for out in (one.out, tmp_path / "two")]
     assert losses[0] == pytest.approx(losses[1], abs=2e-5)

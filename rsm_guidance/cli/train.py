@@ -42,6 +42,7 @@ class TrainReward:
 
     def run(self) -> None:
         from rsm_guidance.io.files import require_writable
+        from rsm_guidance.training.data import leave
         from rsm_guidance.training.reward_model.run import flat, require_run
         from rsm_guidance.training.reward_model.trainer import train_reward
 
@@ -52,6 +53,7 @@ class TrainReward:
             print(json.dumps(flat(asdict(self.settings)), indent=1))
             return
         report = train_reward(self.settings)
+        leave()
         levels = {f"{entry['sigma']:g}": entry["accuracy"] for entry in report["levels"]}
         print(json.dumps({"model": str(self.settings.out), report["measured_on"]: levels}))
 

@@ -23,6 +23,13 @@ def process_state() -> PartialState:
     return PartialState(cpu=asked in ("1", "true", "yes") or not torch.accelerator.is_available())
 
 
+def leave() -> None:
+    """End the communication with other processes, at the end of a program: its threads may not outlive the interpreter."""
+    state = process_state()
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
 @dataclass(frozen=True)
 class Batches:
     """Endless batches without replacement within an epoch; a last one that is not full is left out, unless there are groups.

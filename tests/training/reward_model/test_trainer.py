@@ -371,12 +371,14 @@ TWO = """
 import json, sys
 from dataclasses import replace
 from pathlib import Path
+from rsm_guidance.training.data import leave
 from rsm_guidance.training.reward_model.config import LossConfig
 from rsm_guidance.training.reward_model.trainer import train_reward
 from tests.training.reward_model.worlds import tiny
 pipeline, data, out = map(Path, sys.argv[1:4])
 config = tiny(pipeline, data, out, steps=int(sys.argv[4]), loss=LossConfig(ties="skip"))
 train_reward(config)
+leave()
 """
 
 

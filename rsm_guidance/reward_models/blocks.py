@@ -3,6 +3,7 @@
 from typing import Any, Literal
 
 import torch
+from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 
 from rsm_guidance.core.contracts import UsageError
@@ -85,6 +86,55 @@ def plane_of(denoiser: nn.Module, tap: str, output: Any, arguments: dict[str, An
         start = arguments["encoder_hidden_states"].shape[1] if place == "after text" else 0
         tokens = tokens[:, start : start + size]
     return tokens.transpose(1, 2).unflatten(2, grid)
+
+
+def text_of(denoiser: nn.Module, tap: str, output: Any) -> Tensor:
+    """The text tokens [B, T, C] of a joint block's output."""
+    text = output[1 if type(denoiser).__name__ in _IMAGE_BEFORE_TEXT else 0] if isinstance(output, tuple) else None
+    if not isinstance(text, Tensor):
+        raise UsageError(f"{tap} of {type(denoiser).__name__} puts out no text tokens; leave it out of text_taps")
+    return text
+
+
+def has_text(denoiser: nn.Module, tap: str) -> bool:
+    """Whether a block has a stream of text beside that of the image."""
+    return any(name.endswith("add_q_proj") for name, _ in denoiser.get_submodule(tap).named_modules())
+
+
+def output_plane(output: Any, grid: Grid) -> Tensor:
+    """A denoiser's output as a plane [B, C, rows, columns]; of packed latents, of packed size.
+
+    Frames stand one below the other.
+    """
+    found = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+    plane: Tensor = torch.stack(list(found)) if isinstance(found, list) else found
+    if plane.ndim == 3:
+        return plane[:, : grid[0] * grid[1]].transpose(1, 2).unflatten(2, grid)
+    return plane.flatten(2, 3) if plane.ndim == 5 else plane
+
+
+def output_width(denoiser: Any) -> int:
+    """Channels of a denoiser's output."""
+    config = denoiser.config
+    return int(config.get("out_channels") or config.in_channels)
+
+
+def embedding_of(denoiser: nn.Module) -> tuple[str, int]:
+    """The module whose output tells the blocks their noise level, and its channels.
+
+    SD3 and its kin add the pooled prompt in `time_text_embed`; of others it is the embedding of the timestep.
+
+    Raises:
+        UsageError: for a denoiser without one.
+    """
+    for name, module in denoiser.named_modules():
+        if isinstance(module, TimestepEmbedding):
+            joint = "time_text_embed"
+            return joint if name.startswith(joint) else name, int(module.linear_2.out_features)
+    raise UsageError(
+        f"the head 'query' reads the embedding of the noise level, and {type(denoiser).__name__} has none of the usual "
+        "kind; use another head"
+    )
 
 
 def width_of(denoiser: Any, tap: str) -> int:

@@ -1,12 +1,17 @@
 """`DRMConfig`: what a diffusion reward model is made of."""
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from rsm_guidance.core.contracts import UsageError
 
-Adaptation = Literal["frozen", "lora", "full"]
+Adaptation = Literal["frozen", "lora", "last-blocks", "full"]
+HeadName = Literal["conv", "drm", "query", "pool"]
+OutputName = Literal["scalar", "gaussian", "ordinal"]
+
 SHAPES_BACKBONE = "shapes"
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
 @dataclass(frozen=True)
@@ -16,10 +21,25 @@ class DRMConfig:
     Attributes:
         backbone: hub id, folder or packaged name of the pipeline whose denoiser is the backbone.
         blocks: number of the denoiser's blocks kept, from the input.
-        taps: names of the blocks whose features the head reads; empty for the last one kept.
-        adaptation: "frozen" (head only, modules shared with the pipeline), "lora" or "full" (all kept blocks tuned).
-        lora_rank: rank (and alpha) of the LoRA.
+        adaptation: "frozen" (head only, modules shared with the pipeline), "lora", "last-blocks" (the last `tuned_blocks`
+            of those kept, and the output layers if the head reads them) or "full" (all kept blocks tuned).
+        lora_rank: rank of the LoRA.
         head_width: width of the reward head.
+        taps: names of the blocks whose features the head reads; empty for the last one kept.
+        head: name in `heads.HEADS`.
+        output: name in `outputs.OUTPUTS`.
+        ratings: values of the classes of an ordinal output, rising.
+        text_taps: names of the blocks whose text tokens the head "query" reads besides.
+        queries, attention_heads, norm_eps: learned queries, attention heads and RMSNorm epsilon of the head "query".
+        dropout: of the heads "drm" and "query".
+        tuned_blocks: of the adaptation "last-blocks".
+        lora_alpha: the LoRA is scaled by lora_alpha / lora_rank; 0 for lora_rank.
+        lora_targets: names, or ends of names, of the layers that have a LoRA.
+        image_levels: noise levels sigma in [0, 1] at which images, and latents that are clean, are scored; the mean over
+            them is the score.  Empty for the clean latents.
+        image_draws: noises per level.
+        score_mean, score_std: scores are (raw - score_mean) / score_std.
+        max_sequence_length: tokens of a prompt, where the pipeline asks; 0 for its default.
     """
 
     backbone: str = SHAPES_BACKBONE
@@ -28,10 +48,46 @@ class DRMConfig:
     lora_rank: int = 16
     head_width: int = 64
     taps: tuple[str, ...] = ()
+    head: HeadName = "conv"
+    output: OutputName = "scalar"
+    ratings: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0, 5.0)
+    text_taps: tuple[str, ...] = ()
+    queries: int = 4
+    attention_heads: int = 8
+    norm_eps: float = 1e-6
+    dropout: float = 0.0
+    tuned_blocks: int = 1
+    lora_alpha: float = 0.0
+    lora_targets: tuple[str, ...] = LORA_TARGETS
+    image_levels: tuple[float, ...] = ()
+    image_draws: int = 1
+    score_mean: float = 0.0
+    score_std: float = 1.0
+    max_sequence_length: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "taps", tuple(self.taps))
-        if self.adaptation not in ("frozen", "lora", "full"):
-            raise UsageError(f"unknown adaptation {self.adaptation!r}; choose frozen, lora or full")
-        if self.lora_rank < 1 or self.head_width < 1:
-            raise UsageError(f"lora_rank and head_width must be positive; got {self.lora_rank} and {self.head_width}")
+        for name in ("taps", "text_taps", "ratings", "lora_targets", "image_levels"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, choices in (("adaptation", Adaptation), ("head", HeadName), ("output", OutputName)):
+            if getattr(self, name) not in get_args(choices):
+                raise UsageError(f"unknown {name} {getattr(self, name)!r}; choose {', '.join(get_args(choices))}")
+        for name in ("lora_rank", "head_width", "queries", "attention_heads", "tuned_blocks", "image_draws"):
+            if not getattr(self, name) >= 1:
+                raise UsageError(f"{name} must be positive; got {getattr(self, name)}")
+        if len(self.ratings) < 2 or any(a >= b for a, b in zip(self.ratings, self.ratings[1:], strict=False)):
+            raise UsageError(f"ratings must rise, and be two or more; got {list(self.ratings)}")
+        if any(not 0 <= level <= 1 for level in self.image_levels):
+            raise UsageError(f"image_levels lie in [0, 1], from data to noise; got {list(self.image_levels)}")
+        if not (math.isfinite(self.score_mean) and math.isfinite(self.score_std) and self.score_std > 0):
+            raise UsageError(
+                f"scores need a finite mean and a positive deviation; got {self.score_mean}, {self.score_std}"
+            )
+        if self.text_taps and self.head != "query":
+            raise UsageError(f"the head {self.head!r} reads no text tokens; drop text_taps, or take the head 'query'")
+        if self.taps and self.head == "drm":
+            raise UsageError("the head 'drm' reads the denoiser's output layers; drop taps, or take another head")
+
+    @property
+    def channels(self) -> int:
+        """Numbers that the head gives per sample."""
+        return {"scalar": 1, "gaussian": 2, "ordinal": len(self.ratings)}[self.output]

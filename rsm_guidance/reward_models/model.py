@@ -7,6 +7,7 @@ within one prompt and noise level.
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -21,39 +22,26 @@ from rsm_guidance.core.schedule import NoiseSchedule
 from rsm_guidance.engine import encode_images
 from rsm_guidance.engine.memory import MicroBatch, cast_weights_kept
 from rsm_guidance.io.names import model_name
+from rsm_guidance.reward_models.adaptation import adapt
 from rsm_guidance.reward_models.backbone import denoiser_of, load_backbone
 from rsm_guidance.reward_models.blocks import Grid, block_names, token_grid
-from rsm_guidance.reward_models.checkpoint import CARD, checkpoint_folder, read_config, read_tensors, write_checkpoint
+from rsm_guidance.reward_models.checkpoint import (
+    CARD,
+    checkpoint_folder,
+    copy_tensors,
+    read_checkpoint,
+    write_checkpoint,
+)
 from rsm_guidance.reward_models.conditioning import Conditioning
-from rsm_guidance.reward_models.config import Adaptation, DRMConfig
-from rsm_guidance.reward_models.heads.conv import RewardHead
-from rsm_guidance.reward_models.trunk import Trunk
+from rsm_guidance.reward_models.config import Adaptation, DRMConfig, HeadName, OutputName
+from rsm_guidance.reward_models.heads import HEADS, Head
+from rsm_guidance.reward_models.levels import level_table, noised
+from rsm_guidance.reward_models.outputs import OUTPUTS, RewardOutput, joined, mixture, normalised
+from rsm_guidance.reward_models.scorer import LatentScorer
+from rsm_guidance.reward_models.trunk import Trunk, widths_of
 from rsm_guidance.reward_models.value import DRMValue
 
-_LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 _SCORE_BATCH = 256
-
-
-class LatentScorer(nn.Module):
-    """Trunk and head of a DRM: the module that is trained, and that DDP wraps.
-
-    Parameters that the last tap does not depend on get no gradient (the text stream of a last joint block, say), so DDP needs
-    `find_unused_parameters=True` where the trunk is trained whole.
-    """
-
-    def __init__(self, trunk: Trunk, head: RewardHead) -> None:
-        super().__init__()
-        self.trunk, self.head = trunk, head
-
-    def features(self, arguments: dict[str, Any], grid: Grid) -> tuple[Tensor, Grid]:
-        """What the head reads: float32 tokens [B, rows * columns, dim], and their rows and columns."""
-        tokens, grid = self.trunk(arguments, grid)
-        return tokens.float(), grid
-
-    def forward(self, arguments: dict[str, Any], grid: Grid) -> Tensor:
-        """Scores [B] from what `DiffusionRewardModel.inputs` returns."""
-        scores: Tensor = self.head(*self.features(arguments, grid))
-        return scores
 
 
 class DiffusionRewardModel(
@@ -80,11 +68,11 @@ class DiffusionRewardModel(
         super().__init__()
         self.drm_config = drm_config
         self._pipe = (pipe,)  # in a tuple, so that it is no submodule and no parameter of ours
-        trunk = Trunk(pipe, drm_config.blocks, drm_config.taps, share=drm_config.adaptation == "frozen")
-        if drm_config.adaptation == "lora":
-            _add_lora(trunk, drm_config.lora_rank)
-        self.scorer = LatentScorer(trunk, RewardHead(trunk.dim, drm_config.head_width).to(pipe.device))
-        self._conditioning = Conditioning(pipe)
+        trunk = Trunk(pipe, drm_config)
+        adapt(trunk, drm_config)
+        self.scorer = LatentScorer(trunk, HEADS[drm_config.head](trunk.widths, drm_config).to(pipe.device))
+        self._tuned = [name for name, tensor in trunk.named_parameters() if tensor.requires_grad]
+        self._conditioning = Conditioning(pipe, drm_config.max_sequence_length)
         self._scoring = MicroBatch(_SCORE_BATCH)
         self.eval()
 
@@ -97,8 +85,11 @@ class DiffusionRewardModel(
         taps: tuple[str, ...] = (),
         adaptation: Adaptation = "full",
         lora_rank: int = 16,
-        head_width: int = 64,
+        head_width: int | None = None,
         backbone: str | None = None,
+        head: HeadName = "conv",
+        output: OutputName = "scalar",
+        **settings: Any,
     ) -> Self:
         """An untrained DRM over a pipeline's denoiser.
 
@@ -110,14 +101,23 @@ class DiffusionRewardModel(
                 default the last one kept.
             adaptation: what is trained and saved besides the head.
             lora_rank: rank of the LoRA, where there is one.
-            head_width: width of the reward head.
+            head_width: width of the reward head; default the head's own.
             backbone: name written into the checkpoint; default the id the pipeline was loaded from.
+            head, output: names in `heads.HEADS` and `outputs.OUTPUTS`.
+            settings: further fields of `DRMConfig`.
         """
-        names = block_names(denoiser_of(pipe))
-        if blocks is None:
-            blocks = 1 + max(map(names.index, taps)) if taps and set(taps) <= set(names) else round(len(names) * 7 / 8)
+        fields = DRMConfig.__dataclass_fields__
+        if unknown := sorted(settings.keys() - fields.keys()):
+            raise UsageError(f"a reward model has no setting {unknown[0]!r}; it has {', '.join(fields)}")
+        read = (*taps, *settings.get("text_taps", ()))
         name = backbone or model_name(str(pipe.config.get("_name_or_path") or ""))
-        return cls(pipe, DRMConfig(name, blocks, adaptation, lora_rank, head_width, tuple(taps)))
+        config = DRMConfig(
+            name, _default_blocks(denoiser_of(pipe), read, head) if blocks is None else blocks, adaptation, lora_rank,
+            64 if head_width is None else head_width, tuple(taps), head, output, **settings,
+        )  # fmt: skip
+        if head_width is None:
+            config = replace(config, head_width=HEADS[head].default_width(widths_of(denoiser_of(pipe), config)))
+        return cls(pipe, config)
 
     # --- a reward of images, and a source of values ---
 
@@ -151,7 +151,7 @@ class DiffusionRewardModel(
         return self.scorer.trunk
 
     @property
-    def head(self) -> RewardHead:
+    def head(self) -> Head:
         """The head that reads the trunk's features."""
         return self.scorer.head
 
@@ -186,8 +186,29 @@ class DiffusionRewardModel(
     def features(
         self, latents: Tensor, timestep: float | Tensor, prompts: list[str], grid: Grid | None = None
     ) -> tuple[Tensor, Grid]:
-        """What the head reads: tokens [B, rows * columns, dim], their rows and columns.  Arguments as in `score`."""
-        return self.scorer.features(*self.inputs(latents, timestep, prompts, grid))
+        """Image tokens [B, rows * columns, dim] that the head reads, their rows and columns.  Arguments as in `score`."""
+        read = self.scorer.read(*self.inputs(latents, timestep, prompts, grid))
+        return read.tokens, read.grid
+
+    def read(self, raw: Tensor) -> RewardOutput:
+        """What the scorer's numbers mean, on the scale that is trained: scores before `score_mean` and `score_std`."""
+        return OUTPUTS[self.drm_config.output](raw, self.drm_config.ratings)
+
+    def judge(
+        self, latents: Tensor, timestep: float | Tensor, prompts: list[str], grid: Grid | None = None
+    ) -> RewardOutput:
+        """Scores with their variance or distribution, where the model gives one; arguments as in `score`."""
+        if len(latents) != len(prompts):
+            raise UsageError(f"{len(prompts)} prompts need {len(prompts)} latents; got {list(latents.shape)}")
+        times = torch.as_tensor(timestep, dtype=torch.float32).expand(len(latents))
+
+        def scored(piece: slice) -> Tensor:
+            raw: Tensor = self.scorer(*self.inputs(latents[piece], times[piece], prompts[piece], grid))
+            return raw
+
+        with cast_weights_kept([self.trunk]):
+            raw = torch.cat(self._scoring(scored, len(latents)))
+        return normalised(self.read(raw), self.drm_config.score_mean, self.drm_config.score_std)
 
     def score(self, latents: Tensor, timestep: float | Tensor, prompts: list[str], grid: Grid | None = None) -> Tensor:
         """Scores [B] of noisy latents; differentiable with respect to them.
@@ -202,32 +223,70 @@ class DiffusionRewardModel(
         Raises:
             UsageError: for latents of another family, timesteps out of range, or unequal numbers.
         """
-        if len(latents) != len(prompts):
-            raise UsageError(f"{len(prompts)} prompts need {len(prompts)} latents; got {list(latents.shape)}")
-        times = torch.as_tensor(timestep, dtype=torch.float32).expand(len(latents))
-
-        def scored(piece: slice) -> Tensor:
-            scores: Tensor = self.scorer(*self.inputs(latents[piece], times[piece], prompts[piece], grid))
-            return scores
-
-        with cast_weights_kept([self.trunk]):
-            return torch.cat(self._scoring(scored, len(latents)))
+        return self.judge(latents, timestep, prompts, grid).mean
 
     def score_at_level(
         self, latents: Tensor, level: int, prompts: list[str], schedule: NoiseSchedule, grid: Grid | None = None
     ) -> Tensor:
-        """Scores [B] of latents as a sampler has them, at a level 0..N of its schedule; otherwise as `score`."""
+        """Scores [B] of latents as a sampler has them, at a level 0..N of its schedule; otherwise as `score`.
+
+        Clean ones are scored as images are: at `image_levels`, where there are any.
+        """
+        alpha, sigma = schedule.coefficients(level)
         if not schedule.is_flow:  # exploding levels are shown to the denoiser at the size of preserving ones
-            latents = latents / math.hypot(*schedule.coefficients(level))
+            latents = latents / math.hypot(alpha, sigma)
+        if sigma == 0 and self.drm_config.image_levels:
+            return self.judge_clean(latents, prompts, grid).mean
         return self.score(latents, float(schedule.timesteps[level]), prompts, grid)
 
-    def score_images(self, images: Tensor, prompts: list[str], timestep: float = 0.0) -> Tensor:
-        """Scores [B] of images [B, 3, H, W] in [0, 1], encoded and scored as clean latents; differentiable."""
+    def judge_clean(
+        self, latents: Tensor, prompts: list[str], grid: Grid | None = None, levels: tuple[float, ...] | None = None,
+        draws: int | None = None, seed: int = 0,
+    ) -> RewardOutput:  # fmt: skip
+        """Clean latents, noised to some levels and judged there, together (noise ensembling).
+
+        The head "query" reads the tokens of all levels at once, as DiNa-LRM does; of other heads it is the mixture of what
+        they say at each.  All latents get the same noises, so that a score depends on no other latent of the batch.
+
+        Args:
+            latents: [B, ...], clean; prompts, grid: as in `score`.
+            levels: noise levels sigma in [0, 1], each taken to the nearest of the generator's scheduler; default
+                `image_levels`.
+            draws: noises per level; default `image_draws`.
+            seed: of the noises.
+        """
+        levels = self.drm_config.image_levels if levels is None else levels
+        if not levels:
+            return self.judge(latents, 0.0, prompts, grid)
+        table, generator = level_table(self.pipe.scheduler), torch.Generator().manual_seed(seed)
+        indices = table.nearest(torch.tensor(levels)).repeat_interleave(draws or self.drm_config.image_draws)
+        noises = [torch.randn(latents.shape[1:], generator=generator) for _ in indices]
+
+        def judged(piece: slice) -> RewardOutput:
+            x, words = latents[piece], prompts[piece]
+            shown = [
+                self.inputs(noised(x, index.expand(len(x)), table, noise.expand_as(x)), float(table.timesteps[index]), words, grid)
+                for index, noise in zip(indices, noises, strict=True)
+            ]  # fmt: skip
+            return mixture([self.read(raw) for raw in self.scorer.together(shown)])
+
+        with cast_weights_kept([self.trunk]):
+            parts = self._scoring(judged, len(latents))
+        return normalised(joined(parts), self.drm_config.score_mean, self.drm_config.score_std)
+
+    def score_images(self, images: Tensor, prompts: list[str], timestep: float | None = None) -> Tensor:
+        """Scores [B] of images [B, 3, H, W] in [0, 1]; differentiable.
+
+        They are encoded and scored as clean latents, at `image_levels` where the model has them; with a `timestep` as
+        they are, under that timestep.
+        """
         latents = encode_images(self.pipe, images)
         grid = None
         if latents.ndim == 3:
             patch = 2 * self.pipe.vae_scale_factor
             grid = images.shape[-2] // patch, images.shape[-1] // patch
+        if timestep is None:
+            return self.judge_clean(latents, prompts, grid).mean
         return self.score(latents, timestep, prompts, grid)
 
     def grid(self, latents: Tensor) -> Grid:
@@ -244,12 +303,10 @@ class DiffusionRewardModel(
 
     def own_tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds: the head, and whatever of the trunk was trained; never the named backbone."""
-        saved = {f"head.{k}": v for k, v in self.head.state_dict().items()}
-        if self.drm_config.adaptation == "full":
-            saved |= {f"trunk.{k}": v for k, v in self.trunk.named_parameters()}
-        elif self.drm_config.adaptation == "lora":
-            saved |= {f"trunk.{k}": v for k, v in self.trunk.named_parameters() if "lora_" in k}
-        return saved
+        trunk = dict(self.trunk.named_parameters())
+        return {f"head.{k}": v for k, v in self.head.state_dict().items()} | {
+            f"trunk.{k}": trunk[k] for k in self._tuned
+        }
 
     def _save_pretrained(self, save_directory: Path) -> None:
         write_checkpoint(save_directory, self.drm_config, self.own_tensors())
@@ -286,24 +343,20 @@ class DiffusionRewardModel(
             pretrained_model_name_or_path, revision=revision, cache_dir=cache_dir, force_download=force_download,
             local_files_only=local_files_only, token=token,
         )  # fmt: skip
-        config, tensors = read_config(folder), read_tensors(folder)
+        config, tensors = read_checkpoint(folder)
         drm = cls(pipe if pipe is not None else load_backbone(config.backbone), config)
-        own = drm.own_tensors()
-        if own.keys() != tensors.keys() or any(own[k].shape != tensors[k].shape for k in own):
-            raise UsageError(
-                f"the weights in {folder} do not fit a {config.adaptation} reward model on {config.backbone!r}"
-            )
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(tensors[name])
+        copy_tensors(
+            tensors, drm.own_tensors(), f"{folder} do not fit a {config.adaptation} reward model on {config.backbone!r}"
+        )
         return drm
 
 
-def _add_lora(trunk: Trunk, rank: int) -> None:
-    from peft import LoraConfig, inject_adapter_in_model  # takes seconds to import
-
-    trunk.requires_grad_(False)
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=_LORA_TARGETS), trunk)
+def _default_blocks(denoiser: nn.Module, read: tuple[str, ...], head: str) -> int:
+    names = block_names(denoiser)
+    if read and set(read) <= set(names):
+        return 1 + max(map(names.index, read))
+    whole = HEADS[head].reads_output and "up_blocks.0" in names if head in HEADS else False
+    return len(names) if whole else round(len(names) * 7 / 8)
 
 
 def _cast(value: Any, old: torch.dtype, new: torch.dtype) -> Any:

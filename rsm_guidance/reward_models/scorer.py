@@ -1,0 +1,41 @@
+"""Trunk and head of a diffusion reward model: the module that is trained."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from rsm_guidance.reward_models.blocks import Grid
+from rsm_guidance.reward_models.heads import Features, Head, QueryHead
+from rsm_guidance.reward_models.trunk import Trunk
+
+
+class LatentScorer(nn.Module):
+    """Trunk and head of a DRM: the module that is trained, and that DDP wraps.
+
+    Parameters that the last tap does not depend on get no gradient (the text stream of a last joint block, say), so DDP needs
+    `find_unused_parameters=True` where the trunk is trained whole.
+    """
+
+    def __init__(self, trunk: Trunk, head: Head) -> None:
+        super().__init__()
+        self.trunk, self.head = trunk, head
+
+    def read(self, arguments: dict[str, Any], grid: Grid) -> Features:
+        """What the head reads, in float32."""
+        features: Features = self.trunk(arguments, grid)
+        return features
+
+    def forward(self, arguments: dict[str, Any], grid: Grid) -> Tensor:
+        """Raw numbers, [B] of a scalar output and [B, channels] of others, from what `DiffusionRewardModel.inputs` returns."""
+        return _squeezed(self.head(*self.read(arguments, grid)))
+
+    def together(self, shown: list[tuple[dict[str, Any], Grid]]) -> list[Tensor]:
+        """Raw numbers of the same samples at several noise levels: one answer for each, or a single one for all."""
+        if isinstance(self.head, QueryHead):
+            read = [self.read(*inputs) for inputs in shown]
+            return [_squeezed(self.head.answer([self.head.gather(f.tokens, f.text, f.embedding) for f in read]))]
+        return [self(*inputs) for inputs in shown]
+
+
+def _squeezed(raw: Tensor) -> Tensor:
+    return raw.squeeze(-1) if raw.shape[-1] == 1 else raw

@@ -40,7 +40,7 @@ scores = drm.score(latents, timestep, prompts)
 def write_checkpoint(folder: Path, config: DRMConfig, tensors: Mapping[str, Tensor]) -> None:
     """Write config.json and model.safetensors; each file appears whole or not at all.
 
-    A tensor that half precision holds exactly is written in it, any other as it is: nothing is rounded.
+    A tensor that half precision holds exactly is written in it, any other as it is, unless all are to be rounded to it.
 
     Both are complete before either is moved into place.
 
@@ -50,7 +50,9 @@ def write_checkpoint(folder: Path, config: DRMConfig, tensors: Mapping[str, Tens
     if not config.backbone:
         raise UsageError("this reward model's backbone has no name; pass from_pipeline(..., backbone='org/model')")
     folder.mkdir(parents=True, exist_ok=True)
-    kept = {name: _compact(tensor.detach().cpu().contiguous()) for name, tensor in tensors.items()}
+    kept = {
+        name: _compact(tensor.detach().cpu().contiguous(), config.half_precision) for name, tensor in tensors.items()
+    }
 
     def write(partial_weights: Path) -> None:
         save_file(kept, partial_weights)
@@ -60,9 +62,9 @@ def write_checkpoint(folder: Path, config: DRMConfig, tensors: Mapping[str, Tens
     write_atomically(folder / WEIGHTS, write)
 
 
-def _compact(tensor: Tensor) -> Tensor:
+def _compact(tensor: Tensor, rounded: bool) -> Tensor:
     half = tensor.half()
-    return half if torch.equal(half.to(tensor.dtype), tensor) else tensor
+    return half if rounded or torch.equal(half.to(tensor.dtype), tensor) else tensor
 
 
 def read_checkpoint(folder: Path) -> tuple[DRMConfig, dict[str, Tensor]]:

@@ -40,6 +40,7 @@ class DRMConfig:
         image_draws: noises per level.
         score_mean, score_std: scores are (raw - score_mean) / score_std.
         max_sequence_length: tokens of a prompt, where the pipeline asks; 0 for its default.
+        half_precision: weights are saved in half precision, rounded; otherwise exactly.
     """
 
     backbone: str = SHAPES_BACKBONE
@@ -64,6 +65,7 @@ class DRMConfig:
     score_mean: float = 0.0
     score_std: float = 1.0
     max_sequence_length: int = 0
+    half_precision: bool = False
 
     def __post_init__(self) -> None:
         for name in ("taps", "text_taps", "ratings", "lora_targets", "image_levels"):

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rsm_guidance.reward_models.blocks import Grid
-from rsm_guidance.reward_models.heads import Features, Head, QueryHead
+from rsm_guidance.reward_models.heads import Features, Head
 from rsm_guidance.reward_models.trunk import Trunk
 
 
@@ -31,10 +31,7 @@ class LatentScorer(nn.Module):
 
     def together(self, shown: list[tuple[dict[str, Any], Grid]]) -> list[Tensor]:
         """Raw numbers of the same samples at several noise levels: one answer for each, or a single one for all."""
-        if isinstance(self.head, QueryHead):
-            read = [self.read(*inputs) for inputs in shown]
-            return [_squeezed(self.head.answer([self.head.gather(f.tokens, f.text, f.embedding) for f in read]))]
-        return [self(*inputs) for inputs in shown]
+        return [_squeezed(raw) for raw in self.head.together([self.read(*inputs) for inputs in shown])]
 
 
 def _squeezed(raw: Tensor) -> Tensor:

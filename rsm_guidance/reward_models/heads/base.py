@@ -1,9 +1,12 @@
-"""What a reward head is built for, and what it is called with."""
+"""What a reward head is: what it is built for, what it is called with, what it answers."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from rsm_guidance.reward_models.config import DRMConfig
 
 
 class Features(NamedTuple):
@@ -41,3 +44,33 @@ class Widths:
     def dim(self) -> int:
         """Channels of the image tokens of all taps together."""
         return sum(self.image)
+
+
+class Head(nn.Module, ABC):
+    """What a denoiser shows to raw numbers [B, channels].
+
+    Attributes:
+        reads_output: it reads the denoiser's output in place of blocks.
+        reads_embedding: it reads the embedding of the noise level besides.
+    """
+
+    reads_output: ClassVar[bool] = False
+    reads_embedding: ClassVar[bool] = False
+
+    def __init__(self, widths: Widths, config: DRMConfig) -> None:
+        super().__init__()
+
+    @staticmethod
+    @abstractmethod
+    def default_width(widths: Widths) -> int:
+        """`head_width` where none is asked for."""
+
+    @abstractmethod
+    def forward(
+        self, tokens: Tensor, grid: tuple[int, int], text: tuple[Tensor, ...] = (), embedding: Tensor | None = None
+    ) -> Tensor:
+        """Numbers [B, channels] from `Features`."""
+
+    def together(self, levels: list[Features]) -> list[Tensor]:
+        """Numbers of the same samples at several noise levels: one answer for each level, or a single one for all."""
+        return [self(*features) for features in levels]

@@ -5,23 +5,18 @@ activation; these (3x3, SiLU, mean and maximum) and the LayerNorm before MLP1 ar
 `heads.drm`.
 """
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 
 from rsm_guidance.reward_models.config import DRMConfig
-from rsm_guidance.reward_models.heads.base import Widths
+from rsm_guidance.reward_models.heads.base import Head, Widths
 
 
-class ConvHead(nn.Module):
+class ConvHead(Head):
     """Visual tokens [B, H * W, dim] to [B, channels]."""
 
-    reads_output: ClassVar[bool] = False
-    reads_embedding: ClassVar[bool] = False
-
     def __init__(self, widths: Widths, config: DRMConfig) -> None:
-        super().__init__()
+        super().__init__(widths, config)
         width = config.head_width
         self.token_mlp = nn.Sequential(
             nn.LayerNorm(widths.dim), nn.Linear(widths.dim, width), nn.SiLU(), nn.Linear(width, width)

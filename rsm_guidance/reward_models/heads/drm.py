@@ -6,24 +6,22 @@ twice it channels (256, 512, 512 there), then mean, Linear, ReLU, dropout (.1 th
 """
 
 import math
-from typing import ClassVar
 
 from torch import Tensor, nn
 
 from rsm_guidance.reward_models.config import DRMConfig
-from rsm_guidance.reward_models.heads.base import Widths
+from rsm_guidance.reward_models.heads.base import Head, Widths
 
 _GROUPS = 32
 
 
-class DRMHead(nn.Module):
+class DRMHead(Head):
     """The denoiser's output as tokens [B, H * W, C] to [B, channels]."""
 
-    reads_output: ClassVar[bool] = True
-    reads_embedding: ClassVar[bool] = False
+    reads_output = True
 
     def __init__(self, widths: Widths, config: DRMConfig) -> None:
-        super().__init__()
+        super().__init__(widths, config)
         sizes = [widths.dim, config.head_width, 2 * config.head_width, 2 * config.head_width]
         layers: list[nn.Module] = []
         for before, after in zip(sizes, sizes[1:], strict=False):

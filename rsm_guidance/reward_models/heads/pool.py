@@ -3,22 +3,17 @@
 There: SD3.5-Large, after blocks 15, 23, 28 and 37 of 38.  The LayerNorm, the one hidden layer and its width are ours.
 """
 
-from typing import ClassVar
-
 from torch import Tensor, nn
 
 from rsm_guidance.reward_models.config import DRMConfig
-from rsm_guidance.reward_models.heads.base import Widths
+from rsm_guidance.reward_models.heads.base import Head, Widths
 
 
-class PoolHead(nn.Module):
+class PoolHead(Head):
     """Visual tokens [B, N, dim] to [B, channels]."""
 
-    reads_output: ClassVar[bool] = False
-    reads_embedding: ClassVar[bool] = False
-
     def __init__(self, widths: Widths, config: DRMConfig) -> None:
-        super().__init__()
+        super().__init__(widths, config)
         self.mlp = nn.Sequential(
             nn.LayerNorm(widths.dim),
             nn.Linear(widths.dim, config.head_width),

@@ -9,15 +9,13 @@ Keys, values and gates all read the normalised tokens.  The RMSNorms there take 
 bfloat16 of training); here it is written down (`norm_eps`), so that precision changes scores by rounding alone.
 """
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rsm_guidance.core.contracts import UsageError
 from rsm_guidance.reward_models.config import DRMConfig
-from rsm_guidance.reward_models.heads.base import Widths
+from rsm_guidance.reward_models.heads.base import Features, Head, Widths
 
 
 class LayerAdapter(nn.Module):
@@ -41,9 +39,10 @@ class LayerAdapter(nn.Module):
 class CrossAttention(nn.Module):
     """Queries [B, Q, width] that attend to image tokens and, apart from them, to text tokens; residual."""
 
-    def __init__(self, width: int, heads: int, eps: float, text: bool, gated: bool, dropout: float) -> None:
+    def __init__(self, config: DRMConfig, text: bool, gated: bool) -> None:
         super().__init__()
-        self.heads = heads
+        width, eps = config.head_width, config.norm_eps
+        self.heads = config.attention_heads
         self.norm_q, self.norm_v = nn.RMSNorm(width, eps), nn.RMSNorm(width, eps)
         self.to_q, self.to_k_vis, self.to_v_vis = (nn.Linear(width, width) for _ in range(3))
         self.gate_vis = _gate(width) if gated else None
@@ -51,7 +50,7 @@ class CrossAttention(nn.Module):
         self.to_k_text = nn.Linear(width, width) if text else None
         self.to_v_text = nn.Linear(width, width) if text else None
         self.gate_text = _gate(width) if text and gated else None
-        self.to_out = nn.Sequential(nn.Linear(width, width), nn.Dropout(dropout))
+        self.to_out = nn.Sequential(nn.Linear(width, width), nn.Dropout(config.dropout))
 
     def forward(self, queries: Tensor, image: Tensor, text: Tensor | None = None) -> Tensor:
         q, image = self.to_q(self.norm_q(queries)), self.norm_v(image)
@@ -68,14 +67,13 @@ class CrossAttention(nn.Module):
         return F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
 
 
-class QueryHead(nn.Module):
+class QueryHead(Head):
     """Tokens of image and text, and the level's embedding, to [B, channels]."""
 
-    reads_output: ClassVar[bool] = False
-    reads_embedding: ClassVar[bool] = True
+    reads_embedding = True
 
     def __init__(self, widths: Widths, config: DRMConfig) -> None:
-        super().__init__()
+        super().__init__(widths, config)
         width, heads = config.head_width, config.attention_heads
         if width % heads or width % 4:
             raise UsageError(f"a head 'query' of width {width} splits neither into {heads} attention heads nor in four")
@@ -88,9 +86,8 @@ class QueryHead(nn.Module):
         self.agg_visual = nn.Linear(len(widths.image) * (width // 4), width)
         self.agg_text = nn.Linear(len(widths.text) * (width // 4), width) if widths.text else None
         self.query_tokens = nn.Parameter(0.02 * torch.randn(1, config.queries, width))
-        options = {"width": width, "heads": heads, "eps": config.norm_eps, "dropout": config.dropout}
-        self.attn1 = CrossAttention(**options, text=bool(widths.text), gated=True)
-        self.attn2 = CrossAttention(**options, text=False, gated=False)
+        self.attn1 = CrossAttention(config, text=bool(widths.text), gated=True)
+        self.attn2 = CrossAttention(config, text=False, gated=False)
         self.norm_ff = nn.RMSNorm(width, config.norm_eps)
         self.ff = nn.Sequential(
             nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(config.dropout)
@@ -107,11 +104,16 @@ class QueryHead(nn.Module):
         """Numbers [B, channels]."""
         return self.answer([self.gather(tokens, text, embedding)])
 
+    def together(self, levels: list[Features]) -> list[Tensor]:
+        """One answer [B, channels] to the tokens of all levels, side by side."""
+        return [self.answer([self.gather(f.tokens, f.text, f.embedding) for f in levels])]
+
     def gather(
         self, tokens: Tensor, text: tuple[Tensor, ...], embedding: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Tokens [B, N, width] of the image, and [B, T, width] of the text where it is read, at one noise level."""
-        assert embedding is not None
+        if embedding is None:
+            raise UsageError("the head 'query' needs the embedding of the noise level")
         per_tap = tokens.split(list(self.image_widths), -1)
         image = [adapter(x, embedding) for adapter, x in zip(self.layer_adapters_visual, per_tap, strict=True)]
         seen: Tensor = self.agg_visual(torch.cat(image, -1))

@@ -94,6 +94,7 @@ def build_objective(pipe: DiffusionPipeline, data: RewardData, config: RewardTra
         lora_rank=config.lora_rank,
         head_width=config.head_width,
         backbone=config.pipeline,
+        half_precision=True,
     )
     with torch.no_grad():  # text features are kept, and round as their batch does: a resumed run is to find the same
         drm.score(data.train.finals[:, 0].float(), 0.0, data.train.prompts)

@@ -34,15 +34,19 @@ class LevelTable:
 def level_table(scheduler: Any) -> LevelTable:
     """The table of a diffusers scheduler: its flow levels with their shift, or its cumulative alphas.
 
+    Where the shift depends on the size of the image (FLUX) the levels are not shifted.
+
     Raises:
         UsageError: for a scheduler that has neither.
     """
-    cumulative = getattr(scheduler, "alphas_cumprod", None)
+    config, cumulative = scheduler.config, getattr(scheduler, "alphas_cumprod", None)
+    if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
+        return _flow(_shifted(int(config["num_train_timesteps"]), float(config.get("flow_shift") or 1.0)))
     if cumulative is not None:
         signal = torch.as_tensor(cumulative).double().cpu().flip(0)
         steps = torch.arange(len(signal) - 1, -1, -1, dtype=torch.float64)
         return LevelTable(signal.sqrt(), (1 - signal).sqrt(), steps)
-    fresh = type(scheduler).from_config(scheduler.config)  # a pipeline's own may have been set to few steps
+    fresh = type(scheduler).from_config(config)  # a pipeline's own may have been set to few steps
     sigma = getattr(fresh, "sigmas", None)
     if sigma is None or not 0 < float(torch.as_tensor(sigma).max()) <= 1:
         raise UsageError(
@@ -50,7 +54,15 @@ def level_table(scheduler: Any) -> LevelTable:
             "published with"
         )
     sigma = torch.as_tensor(sigma).double().cpu()
-    sigma = sigma[sigma > 0].sort(descending=True).values
+    return _flow(sigma[sigma > 0].sort(descending=True).values)
+
+
+def _shifted(count: int, shift: float) -> Tensor:
+    sigma = torch.linspace(1, 1 / count, count, dtype=torch.float64)
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def _flow(sigma: Tensor) -> LevelTable:
     return LevelTable(1 - sigma, sigma, 1000 * sigma)
 
 

@@ -97,8 +97,8 @@ def text_of(denoiser: nn.Module, tap: str, output: Any) -> Tensor:
 
 
 def has_text(denoiser: nn.Module, tap: str) -> bool:
-    """Whether a block has a stream of text beside that of the image."""
-    return any(name.endswith("add_q_proj") for name, _ in denoiser.get_submodule(tap).named_modules())
+    """Whether a block puts out text tokens beside those of the image."""
+    return any(name.endswith("to_add_out") for name, _ in denoiser.get_submodule(tap).named_modules())
 
 
 def output_plane(output: Any, grid: Grid) -> Tensor:
@@ -114,9 +114,11 @@ def output_plane(output: Any, grid: Grid) -> Tensor:
 
 
 def output_width(denoiser: Any) -> int:
-    """Channels of a denoiser's output."""
+    """Channels of a denoiser's output; of packed latents, which have the square of the patch size as many, packed."""
     config = denoiser.config
-    return int(config.get("out_channels") or config.in_channels)
+    width, patch = int(config.get("out_channels") or config.in_channels), config.get("patch_size")
+    packed = isinstance(patch, int) and config.in_channels == width * patch**2
+    return int(config.in_channels) if packed else width
 
 
 def embedding_of(denoiser: nn.Module) -> tuple[str, int]:
@@ -127,10 +129,13 @@ def embedding_of(denoiser: nn.Module) -> tuple[str, int]:
     Raises:
         UsageError: for a denoiser without one.
     """
+    joint = "time_text_embed"
     for name, module in denoiser.named_modules():
         if isinstance(module, TimestepEmbedding):
-            joint = "time_text_embed"
             return joint if name.startswith(joint) else name, int(module.linear_2.out_features)
+        if name == "t_embedder":
+            linears = [m for m in module.modules() if isinstance(m, nn.Linear)]
+            return name, int(linears[-1].out_features)
     raise UsageError(
         f"the head 'query' reads the embedding of the noise level, and {type(denoiser).__name__} has none of the usual "
         "kind; use another head"

@@ -78,6 +78,11 @@ def read_checkpoint(folder: Path) -> tuple[DRMConfig, dict[str, Tensor]]:
     return read_config(folder), read_tensors(folder)
 
 
+def backbone_of(folder: Path) -> str:
+    """The pipeline that a folder names as its model's backbone; raises as `read_checkpoint`."""
+    return dina.backbone_of(folder) if dina.is_dina(folder / CONFIG) else read_config(folder).backbone
+
+
 def copy_tensors(found: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str) -> None:
     """Copy a checkpoint's tensors to a model's own, of the same names and shapes, all or none.
 

@@ -43,6 +43,13 @@ def is_dina(config: Path) -> bool:
     return isinstance(model, dict) and "visual_head_idx" in model
 
 
+def backbone_of(folder: Path) -> str:
+    """Hub id of the pipeline whose denoiser is the backbone."""
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    _check(folder, settings, settings["model"], settings["model"].get("reward_head", {}))
+    return str(settings["model"]["backbone_model_id"])
+
+
 def read_dina(folder: Path) -> tuple[DRMConfig, dict[str, Tensor]]:
     """A folder's reward model in our terms: configuration, and weights by our names.
 

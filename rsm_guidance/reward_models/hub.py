@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from rsm_guidance.reward_models.backbone import denoiser_of, is_backbone, load_backbone
-from rsm_guidance.reward_models.checkpoint import WEIGHTS, checkpoint_folder, read_config
+from rsm_guidance.reward_models.checkpoint import WEIGHTS, backbone_of, checkpoint_folder
 from rsm_guidance.reward_models.model import DiffusionRewardModel
 
 _LOADED = "_rsm_reward_models"
@@ -29,7 +29,7 @@ def load_reward_model(folder_or_id: str, pipe: Any = None) -> DiffusionRewardMod
     loaded: dict[Any, tuple[Any, DiffusionRewardModel]] = vars(pipe).setdefault(_LOADED, {})
     denoiser, model = loaded.get(key, (None, None))
     if model is None or denoiser is not denoiser_of(pipe):
-        name = read_config(folder).backbone
+        name = backbone_of(folder)
         shared = pipe if is_backbone(pipe, name) else load_backbone(name, pipe.device)
         model = DiffusionRewardModel.from_pretrained(folder, pipe=shared)
         loaded[key] = (denoiser_of(pipe), model)

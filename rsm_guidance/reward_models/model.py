@@ -256,10 +256,13 @@ class DiffusionRewardModel(
             seed: of the noises.
         """
         levels = self.drm_config.image_levels if levels is None else levels
+        draws = self.drm_config.image_draws if draws is None else draws
+        if draws < 1 or not all(0 <= level <= 1 for level in levels):
+            raise UsageError(f"noise levels lie in [0, 1], with a noise each or more; got {list(levels)} and {draws}")
         if not levels:
             return self.judge(latents, 0.0, prompts, grid)
         table, generator = level_table(self.pipe.scheduler), torch.Generator().manual_seed(seed)
-        indices = table.nearest(torch.tensor(levels)).repeat_interleave(draws or self.drm_config.image_draws)
+        indices = table.nearest(torch.tensor(levels)).repeat_interleave(draws)
         noises = [torch.randn(latents.shape[1:], generator=generator) for _ in indices]
 
         def judged(piece: slice) -> RewardOutput:

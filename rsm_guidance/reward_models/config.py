@@ -41,6 +41,7 @@ class DRMConfig:
         score_mean, score_std: scores are (raw - score_mean) / score_std.
         max_sequence_length: tokens of a prompt, where the pipeline asks; 0 for its default.
         half_precision: weights are saved in half precision, rounded; otherwise exactly.
+        denoiser: class of the denoiser, checked when a checkpoint is loaded; empty for any.
     """
 
     backbone: str = SHAPES_BACKBONE
@@ -66,6 +67,7 @@ class DRMConfig:
     score_std: float = 1.0
     max_sequence_length: int = 0
     half_precision: bool = False
+    denoiser: str = ""
 
     def __post_init__(self) -> None:
         for name in ("taps", "text_taps", "ratings", "lora_targets", "image_levels"):

@@ -73,6 +73,7 @@ def read_dina(folder: Path) -> tuple[DRMConfig, dict[str, Tensor]]:
     precision = _PRECISIONS[settings.get("training", {}).get("mixed_precision", "bf16")]
     config = {
         "backbone": model["backbone_model_id"],
+        "denoiser": "SD3Transformer2DModel",
         "blocks": model["num_transformer_layers"],
         "adaptation": adaptation,
         "taps": [_BLOCK.format(i - 1) for i in model["visual_head_idx"]],

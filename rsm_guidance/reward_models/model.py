@@ -113,7 +113,8 @@ class DiffusionRewardModel(
         name = backbone or model_name(str(pipe.config.get("_name_or_path") or ""))
         config = DRMConfig(
             name, _default_blocks(denoiser_of(pipe), read, head) if blocks is None else blocks, adaptation, lora_rank,
-            64 if head_width is None else head_width, tuple(taps), head, output, **settings,
+            64 if head_width is None else head_width, tuple(taps), head, output,
+            **{"denoiser": type(denoiser_of(pipe)).__name__, **settings},
         )  # fmt: skip
         if head_width is None:
             config = replace(config, head_width=HEADS[head].default_width(widths_of(denoiser_of(pipe), config)))
@@ -172,8 +173,7 @@ class DiffusionRewardModel(
         self, latents: Tensor, timestep: float | Tensor, prompts: list[str], grid: Grid | None = None
     ) -> tuple[dict[str, Any], Grid]:
         """What `scorer` takes: the denoiser's arguments, and rows and columns of its image tokens.  Arguments as in `score`."""
-        if len(latents) != len(prompts):
-            raise UsageError(f"{len(prompts)} prompts need {len(prompts)} latents; got {list(latents.shape)}")
+        _check(latents, prompts, "latents")
         device = next(self.head.parameters()).device
         times = torch.as_tensor(timestep, dtype=torch.float32, device=device).expand(len(latents))
         if not bool(((times >= 0) & (times <= 1000)).all()):
@@ -198,20 +198,21 @@ class DiffusionRewardModel(
         self, latents: Tensor, timestep: float | Tensor, prompts: list[str], grid: Grid | None = None
     ) -> RewardOutput:
         """Scores with their variance or distribution, where the model gives one; arguments as in `score`."""
-        if len(latents) != len(prompts):
-            raise UsageError(f"{len(prompts)} prompts need {len(prompts)} latents; got {list(latents.shape)}")
+        _check(latents, prompts, "latents")
         times = torch.as_tensor(timestep, dtype=torch.float32).expand(len(latents))
 
         def scored(piece: slice) -> Tensor:
             raw: Tensor = self.scorer(*self.inputs(latents[piece], times[piece], prompts[piece], grid))
             return raw
 
-        with cast_weights_kept([self.trunk]):
+        with _graph_for(latents), cast_weights_kept([self.trunk]):
             raw = torch.cat(self._scoring(scored, len(latents)))
         return normalised(self.read(raw), self.drm_config.score_mean, self.drm_config.score_std)
 
     def score(self, latents: Tensor, timestep: float | Tensor, prompts: list[str], grid: Grid | None = None) -> Tensor:
         """Scores [B] of noisy latents; differentiable with respect to them.
+
+        Where the latents need no gradient no graph is kept: to train, call `scorer`.
 
         Args:
             latents: [B, C, H, W], or packed [B, S, C] for families that pack them, in the scale of the denoiser's input
@@ -222,6 +223,7 @@ class DiffusionRewardModel(
 
         Raises:
             UsageError: for latents of another family, timesteps out of range, or unequal numbers.
+            TypeError: for arguments of other kinds, such as latents and prompts the wrong way round.
         """
         return self.judge(latents, timestep, prompts, grid).mean
 
@@ -255,6 +257,7 @@ class DiffusionRewardModel(
             draws: noises per level; default `image_draws`.
             seed: of the noises.
         """
+        _check(latents, prompts, "latents")
         levels = self.drm_config.image_levels if levels is None else levels
         draws = self.drm_config.image_draws if draws is None else draws
         if draws < 1 or not all(0 <= level <= 1 for level in levels):
@@ -273,7 +276,7 @@ class DiffusionRewardModel(
             ]  # fmt: skip
             return mixture([self.read(raw) for raw in self.scorer.together(shown)])
 
-        with cast_weights_kept([self.trunk]):
+        with _graph_for(latents), cast_weights_kept([self.trunk]):
             parts = self._scoring(judged, len(latents))
         return normalised(joined(parts), self.drm_config.score_mean, self.drm_config.score_std)
 
@@ -283,6 +286,7 @@ class DiffusionRewardModel(
         They are encoded and scored as clean latents, at `image_levels` where the model has them; with a `timestep` as
         they are, under that timestep.
         """
+        _check(images, prompts, "images")
         latents = encode_images(self.pipe, images)
         grid = None
         if latents.ndim == 3:
@@ -347,11 +351,33 @@ class DiffusionRewardModel(
             local_files_only=local_files_only, token=token,
         )  # fmt: skip
         config, tensors = read_checkpoint(folder)
-        drm = cls(pipe if pipe is not None else load_backbone(config.backbone), config)
+        pipe = load_backbone(config.backbone) if pipe is None else pipe
+        found = type(denoiser_of(pipe)).__name__
+        if config.denoiser and config.denoiser != found:
+            raise UsageError(
+                f"the reward model in {folder} was made for the {config.denoiser} of {config.backbone!r}, and the pipeline has "
+                f"a {found}: load it with a pipeline of its own backbone"
+            )
+        drm = cls(pipe, config)
         copy_tensors(
             tensors, drm.own_tensors(), f"{folder} do not fit a {config.adaptation} reward model on {config.backbone!r}"
         )
         return drm
+
+
+def _check(samples: Tensor, prompts: list[str], what: str) -> None:
+    if not (isinstance(samples, Tensor) and samples.is_floating_point()):
+        kind = samples.dtype if isinstance(samples, Tensor) else type(samples).__name__
+        raise TypeError(f"a reward model takes {what} as a tensor of real numbers, then their prompts; got {kind}")
+    if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
+        raise TypeError(f"prompts are a list of one string for each of the {what}; got {type(prompts).__name__}")
+    if len(samples) != len(prompts):
+        raise UsageError(f"{len(prompts)} prompts need {len(prompts)} {what}; got {list(samples.shape)}")
+
+
+def _graph_for(latents: Tensor) -> torch.set_grad_enabled:
+    """Scores carry a graph where the latents ask for one; the model's own parameters learn through `scorer`."""
+    return torch.set_grad_enabled(torch.is_grad_enabled() and latents.requires_grad)
 
 
 def _default_blocks(denoiser: nn.Module, read: tuple[str, ...], head: str) -> int:

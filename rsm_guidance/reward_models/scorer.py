@@ -21,9 +21,9 @@ class LatentScorer(nn.Module):
         self.trunk, self.head = trunk, head
 
     def read(self, arguments: dict[str, Any], grid: Grid) -> Features:
-        """What the head reads, in float32."""
+        """What the head reads, in its precision."""
         features: Features = self.trunk(arguments, grid)
-        return features
+        return features.to(next(self.head.parameters()).dtype)
 
     def forward(self, arguments: dict[str, Any], grid: Grid) -> Tensor:
         """Raw numbers, [B] of a scalar output and [B, channels] of others, from what `DiffusionRewardModel.inputs` returns."""

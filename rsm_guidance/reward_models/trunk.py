@@ -111,8 +111,8 @@ class Trunk(nn.Module):
                 handle.remove()
         planes = [plane_of(module, tap, seen[tap], arguments, grid) for tap in self.taps]
         tokens, grid = _tokens(planes or [output_plane(output, grid)])
-        text = tuple(text_of(module, tap, seen[tap]).float() for tap in self.text_taps)
-        return Features(tokens.float(), grid, text, seen[self._embedding].float() if self._embedding else None)
+        text = tuple(text_of(module, tap, seen[tap]) for tap in self.text_taps)
+        return Features(tokens, grid, text, seen[self._embedding] if self._embedding else None)
 
 
 def widths_of(denoiser: Any, config: DRMConfig) -> Widths:

@@ -18,7 +18,7 @@ from rsm_guidance.reward_models import DiffusionRewardModel, load_reward_model
 from rsm_guidance.reward_models.config import LORA_TARGETS, DRMConfig
 from rsm_guidance.reward_models.heads import QueryHead, Widths
 from tests.reward_models.test_heads import reference_query_head
-from tests.zoo import _build, families
+from tests.zoo import ZOO, _build, families
 
 PROMPTS = ["a cat", "a red dog on a tree"]
 EPS = 2.0**-7  # of RMSNorm in bfloat16, in which these models are trained
@@ -170,6 +170,14 @@ def test_it_is_loaded_by_name(pipe: Any, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 # --- what is refused ---
+
+
+def test_another_denoiser_is_refused(pipe: Any, tmp_path: Path) -> None:
+    write_folder(tmp_path / "dina", pipe, "frozen")
+    with pytest.raises(
+        UsageError, match="was made for the SD3Transformer2DModel of 'somebody/some-sd3'.*a FluxTransformer2DModel"
+    ):
+        DiffusionRewardModel.from_pretrained(tmp_path / "dina", pipe=ZOO["flux"].build())
 
 
 def edited(folder: Path, **changes: Any) -> None:

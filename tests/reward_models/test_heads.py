@@ -32,7 +32,7 @@ def built(name: str, head: str, **options: Any) -> tuple[Any, DiffusionRewardMod
     """A tiny pipeline, a reward model over it whose tensors are all at random, latents and their grid."""
     pipe = ZOO[name].build()
     torch.manual_seed(0)
-    queries = {"attention_heads": 2} if head == "query" else {}
+    queries = {"query": {"attention_heads": 2}, "drm": {"head_width": 32}}.get(head, {})
     drm = DiffusionRewardModel.from_pipeline(
         pipe, backbone="nobody/nothing", head=head, lora_rank=2, **(queries | options)
     )  # type: ignore[arg-type]
@@ -400,11 +400,20 @@ def load_without(settings: dict[str, Any], key: str, load: Any) -> str:
     return said
 
 
-def test_a_head_for_another_backbone_is_refused(tmp_path: Path) -> None:
-    _, drm, _, _ = built("pixart_alpha", "pool", adaptation="frozen")
+@pytest.mark.parametrize("adaptation", ["frozen", "full"])
+def test_a_head_for_another_backbone_is_refused(adaptation: str, tmp_path: Path) -> None:
+    """By the denoiser's class, also where all shapes fit; and by shapes where the class is the same."""
+    _, drm, _, _ = built("pixart_alpha", "pool", adaptation=adaptation)
     drm.save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match=r"head.mlp.0.weight \(16 for 32\).*another backbone"):
-        DiffusionRewardModel.from_pretrained(tmp_path, pipe=ZOO["lumina2"].build())
+    with pytest.raises(
+        UsageError, match="made for the PixArtTransformer2DModel of 'nobody/nothing'.* a SanaTransformer2DModel"
+    ):
+        DiffusionRewardModel.from_pretrained(tmp_path, pipe=ZOO["sana"].build())
+    wider = ZOO["pixart_alpha"].build()
+    settings = {**wider.transformer.config, "num_attention_heads": 4}
+    wider.register_modules(transformer=type(wider.transformer).from_config(settings))
+    with pytest.raises(UsageError, match=r"of another shape: head.mlp.0.weight \(16 for 32\).*another backbone"):
+        DiffusionRewardModel.from_pretrained(tmp_path, pipe=wider)
 
 
 @torch.no_grad()
@@ -415,3 +424,34 @@ def test_nothing_is_copied_of_a_checkpoint_that_does_not_fit() -> None:
     with pytest.raises(UsageError, match="b \\(1 for 3\\)"):
         copy_tensors({"a": torch.ones(2), "b": torch.ones(1)}, own, "here")
     assert not own["a"].any()
+
+
+# --- calls ---
+
+
+def test_arguments_of_other_kinds_are_refused() -> None:
+    _, drm, x, _ = built("sd3", "pool", adaptation="full")
+    images = torch.rand(2, 3, 32, 32)
+    for call_of in (drm, lambda samples, prompts: drm.score(samples, 0.0, prompts)):
+        for samples, prompts in ((PROMPTS, images), (images.byte(), PROMPTS), (images, "ab"), (images, [1, 2])):
+            with pytest.raises(TypeError, match="takes .* as a tensor of real numbers|list of one string"):
+                call_of(samples, prompts)
+    with pytest.raises(UsageError, match="1 prompts need 1 images"):
+        drm(images, ["a"])
+
+
+def test_scores_carry_a_graph_where_the_latents_ask_for_one() -> None:
+    _, drm, x, _ = built("sd3", "pool", adaptation="full")
+    assert not drm.score(x, 300.0, PROMPTS).requires_grad
+    assert not drm.judge_clean(x, PROMPTS, levels=(0.2,)).mean.requires_grad
+    assert drm.score(x.requires_grad_(), 300.0, PROMPTS).requires_grad
+    assert drm.scorer(*drm.inputs(x.detach(), 300.0, PROMPTS)).requires_grad, "the way to train"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head", HEADS)
+def test_half_precision_scores_by_rounding_alone(head: str) -> None:
+    _, drm, x, _ = built("sd3", head, adaptation="full", head_width=32)
+    wide = drm.score(x, 300.0, PROMPTS)
+    narrow = drm.bfloat16().score(x, 300.0, PROMPTS)
+    assert torch.allclose(wide, narrow.float(), atol=0.1 * float(wide.abs().max()) + 0.05)

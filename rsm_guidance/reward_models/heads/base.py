@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from rsm_guidance.reward_models.config import DRMConfig
@@ -24,6 +25,11 @@ class Features(NamedTuple):
     grid: tuple[int, int]
     text: tuple[Tensor, ...] = ()
     embedding: Tensor | None = None
+
+    def to(self, dtype: torch.dtype) -> "Features":
+        """In another precision."""
+        embedding = None if self.embedding is None else self.embedding.to(dtype)
+        return Features(self.tokens.to(dtype), self.grid, tuple(t.to(dtype) for t in self.text), embedding)
 
 
 @dataclass(frozen=True)

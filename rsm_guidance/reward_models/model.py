@@ -25,6 +25,7 @@ from rsm_guidance.io.names import model_name
 from rsm_guidance.reward_models.adaptation import adapt
 from rsm_guidance.reward_models.backbone import denoiser_of, load_backbone
 from rsm_guidance.reward_models.blocks import Grid, block_names, token_grid
+from rsm_guidance.reward_models.calls import cast, check_call, graph_for
 from rsm_guidance.reward_models.checkpoint import (
     CARD,
     checkpoint_folder,
@@ -34,8 +35,9 @@ from rsm_guidance.reward_models.checkpoint import (
 )
 from rsm_guidance.reward_models.conditioning import Conditioning
 from rsm_guidance.reward_models.config import Adaptation, DRMConfig, HeadName, OutputName
+from rsm_guidance.reward_models.ensemble import NoiseEnsemble, shown
 from rsm_guidance.reward_models.heads import HEADS, Head
-from rsm_guidance.reward_models.levels import level_table, noised
+from rsm_guidance.reward_models.levels import level_table
 from rsm_guidance.reward_models.outputs import OUTPUTS, RewardOutput, joined, mixture, normalised
 from rsm_guidance.reward_models.scorer import LatentScorer
 from rsm_guidance.reward_models.trunk import Trunk, widths_of
@@ -173,7 +175,7 @@ class DiffusionRewardModel(
         self, latents: Tensor, timestep: float | Tensor, prompts: list[str], grid: Grid | None = None
     ) -> tuple[dict[str, Any], Grid]:
         """What `scorer` takes: the denoiser's arguments, and rows and columns of its image tokens.  Arguments as in `score`."""
-        _check(latents, prompts, "latents")
+        check_call(latents, prompts, "latents")
         device = next(self.head.parameters()).device
         times = torch.as_tensor(timestep, dtype=torch.float32, device=device).expand(len(latents))
         if not bool(((times >= 0) & (times <= 1000)).all()):
@@ -181,7 +183,7 @@ class DiffusionRewardModel(
         grid = grid or self.grid(latents)
         arguments = self._conditioning.arguments(latents.to(device), times, prompts, grid)
         recorded: torch.dtype = denoiser_of(self.pipe).dtype
-        return (arguments if recorded == self.trunk_dtype else _cast(arguments, recorded, self.trunk_dtype)), grid
+        return (arguments if recorded == self.trunk_dtype else cast(arguments, recorded, self.trunk_dtype)), grid
 
     def features(
         self, latents: Tensor, timestep: float | Tensor, prompts: list[str], grid: Grid | None = None
@@ -198,14 +200,14 @@ class DiffusionRewardModel(
         self, latents: Tensor, timestep: float | Tensor, prompts: list[str], grid: Grid | None = None
     ) -> RewardOutput:
         """Scores with their variance or distribution, where the model gives one; arguments as in `score`."""
-        _check(latents, prompts, "latents")
+        check_call(latents, prompts, "latents")
         times = torch.as_tensor(timestep, dtype=torch.float32).expand(len(latents))
 
         def scored(piece: slice) -> Tensor:
             raw: Tensor = self.scorer(*self.inputs(latents[piece], times[piece], prompts[piece], grid))
             return raw
 
-        with _graph_for(latents), cast_weights_kept([self.trunk]):
+        with graph_for(latents), cast_weights_kept([self.trunk]):
             raw = torch.cat(self._scoring(scored, len(latents)))
         return normalised(self.read(raw), self.drm_config.score_mean, self.drm_config.score_std)
 
@@ -242,41 +244,30 @@ class DiffusionRewardModel(
         return self.score(latents, float(schedule.timesteps[level]), prompts, grid)
 
     def judge_clean(
-        self, latents: Tensor, prompts: list[str], grid: Grid | None = None, levels: tuple[float, ...] | None = None,
-        draws: int | None = None, seed: int = 0,
-    ) -> RewardOutput:  # fmt: skip
-        """Clean latents, noised to some levels and judged there, together (noise ensembling).
+        self, latents: Tensor, prompts: list[str], grid: Grid | None = None, noise: NoiseEnsemble | None = None
+    ) -> RewardOutput:
+        """Clean latents, noised to some levels and judged there, together.
 
         The head "query" reads the tokens of all levels at once, as DiNa-LRM does; of other heads it is the mixture of what
         they say at each.  All latents get the same noises, so that a score depends on no other latent of the batch.
 
         Args:
             latents: [B, ...], clean; prompts, grid: as in `score`.
-            levels: noise levels sigma in [0, 1], each taken to the nearest of the generator's scheduler; default
-                `image_levels`.
-            draws: noises per level; default `image_draws`.
-            seed: of the noises.
+            noise: levels, draws and seed; default `image_levels` and `image_draws`.
         """
-        _check(latents, prompts, "latents")
-        levels = self.drm_config.image_levels if levels is None else levels
-        draws = self.drm_config.image_draws if draws is None else draws
-        if draws < 1 or not all(0 <= level <= 1 for level in levels):
-            raise UsageError(f"noise levels lie in [0, 1], with a noise each or more; got {list(levels)} and {draws}")
-        if not levels:
+        check_call(latents, prompts, "latents")
+        noise = NoiseEnsemble(self.drm_config.image_levels, self.drm_config.image_draws) if noise is None else noise
+        if not noise.levels:
             return self.judge(latents, 0.0, prompts, grid)
-        table, generator = level_table(self.pipe.scheduler), torch.Generator().manual_seed(seed)
-        indices = table.nearest(torch.tensor(levels)).repeat_interleave(draws)
-        noises = [torch.randn(latents.shape[1:], generator=generator) for _ in indices]
+        table = level_table(self.pipe.scheduler)
+        noises = noise.noises(latents.shape[1:], table)
 
         def judged(piece: slice) -> RewardOutput:
             x, words = latents[piece], prompts[piece]
-            shown = [
-                self.inputs(noised(x, index.expand(len(x)), table, noise.expand_as(x)), float(table.timesteps[index]), words, grid)
-                for index, noise in zip(indices, noises, strict=True)
-            ]  # fmt: skip
-            return mixture([self.read(raw) for raw in self.scorer.together(shown)])
+            inputs = [self.inputs(y, timestep, words, grid) for y, timestep in shown(x, noises, table)]
+            return mixture([self.read(raw) for raw in self.scorer.together(inputs)])
 
-        with _graph_for(latents), cast_weights_kept([self.trunk]):
+        with graph_for(latents), cast_weights_kept([self.trunk]):
             parts = self._scoring(judged, len(latents))
         return normalised(joined(parts), self.drm_config.score_mean, self.drm_config.score_std)
 
@@ -286,7 +277,7 @@ class DiffusionRewardModel(
         They are encoded and scored as clean latents, at `image_levels` where the model has them; with a `timestep` as
         they are, under that timestep.
         """
-        _check(images, prompts, "images")
+        check_call(images, prompts, "images")
         latents = encode_images(self.pipe, images)
         grid = None
         if latents.ndim == 3:
@@ -365,33 +356,9 @@ class DiffusionRewardModel(
         return drm
 
 
-def _check(samples: Tensor, prompts: list[str], what: str) -> None:
-    if not (isinstance(samples, Tensor) and samples.is_floating_point()):
-        kind = samples.dtype if isinstance(samples, Tensor) else type(samples).__name__
-        raise TypeError(f"a reward model takes {what} as a tensor of real numbers, then their prompts; got {kind}")
-    if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
-        raise TypeError(f"prompts are a list of one string for each of the {what}; got {type(prompts).__name__}")
-    if len(samples) != len(prompts):
-        raise UsageError(f"{len(prompts)} prompts need {len(prompts)} {what}; got {list(samples.shape)}")
-
-
-def _graph_for(latents: Tensor) -> torch.set_grad_enabled:
-    """Scores carry a graph where the latents ask for one; the model's own parameters learn through `scorer`."""
-    return torch.set_grad_enabled(torch.is_grad_enabled() and latents.requires_grad)
-
-
 def _default_blocks(denoiser: nn.Module, read: tuple[str, ...], head: str) -> int:
     names = block_names(denoiser)
     if read and set(read) <= set(names):
         return 1 + max(map(names.index, read))
     whole = HEADS[head].reads_output and "up_blocks.0" in names if head in HEADS else False
     return len(names) if whole else round(len(names) * 7 / 8)
-
-
-def _cast(value: Any, old: torch.dtype, new: torch.dtype) -> Any:
-    """Arguments of a denoiser of one dtype for a copy of it in another."""
-    if isinstance(value, Tensor):
-        return value.to(new) if value.dtype == old else value
-    if isinstance(value, dict):
-        return {k: _cast(v, old, new) for k, v in value.items()}
-    return type(value)(_cast(v, old, new) for v in value) if isinstance(value, list | tuple) else value

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rsm_guidance.core.contracts import UsageError
 from rsm_guidance.reward_models import DiffusionRewardModel
+from rsm_guidance.reward_models.ensemble import NoiseEnsemble
 from rsm_guidance.reward_models.levels import level_table
 from rsm_guidance.reward_models.outputs import RewardOutput, gaussian, joined, mixture, normalised, ordinal, scalar
 from tests.zoo import ZOO
@@ -102,7 +103,7 @@ def test_one_level_is_a_score_there(pipe: StableDiffusion3Pipeline, head: str) -
     sigma = float(table.sigma[index])
     noise = torch.randn(16, 16, 16, generator=torch.Generator().manual_seed(5))
     x = (1 - sigma) * latents() + sigma * noise
-    together = drm.judge_clean(latents(), PROMPTS, levels=(0.4,), seed=5).mean
+    together = drm.judge_clean(latents(), PROMPTS, noise=NoiseEnsemble((0.4,), seed=5)).mean
     assert abs(sigma - 0.4) < 2e-3 and torch.allclose(together, drm.score(x, 1000 * sigma, PROMPTS), atol=1e-5)
 
 
@@ -119,7 +120,7 @@ def test_other_heads_average_and_the_query_head_reads_all_levels_at_once(pipe: S
             x = (1 - sigma) * latents() + sigma * noise
             alone.append(drm.score(x, 1000 * sigma, PROMPTS))
             shown.append(drm.scorer.read(*drm.inputs(x, 1000 * sigma, PROMPTS)))
-        both = drm.judge_clean(latents(), PROMPTS, levels=levels).mean
+        both = drm.judge_clean(latents(), PROMPTS, noise=NoiseEnsemble(levels)).mean
         mean = torch.stack(alone).mean(0)
         assert torch.allclose(both, mean, atol=1e-5) == (head == "pool")
         if head == "query":
@@ -136,7 +137,9 @@ def test_scores_of_clean_latents_are_repeatable_and_depend_on_no_batch(pipe: Sta
     assert torch.equal(scores, drm.judge_clean(latents(), PROMPTS).mean), "no global random state is read"
     alone = torch.cat([drm.judge_clean(latents()[i : i + 1], PROMPTS[i : i + 1]).mean for i in range(3)])
     assert torch.allclose(scores, alone, atol=1e-5)
-    assert not torch.allclose(scores, drm.judge_clean(latents(), PROMPTS, seed=1).mean, atol=1e-4)
+    assert not torch.allclose(
+        scores, drm.judge_clean(latents(), PROMPTS, noise=NoiseEnsemble((0.1, 0.4), 2, seed=1)).mean, atol=1e-4
+    )
 
 
 @torch.no_grad()
@@ -152,7 +155,7 @@ def test_more_draws_vary_less(pipe: StableDiffusion3Pipeline) -> None:
     drm = made(pipe, head="pool")
 
     def spread(draws: int) -> float:
-        scores = [drm.judge_clean(latents(), PROMPTS, levels=(0.7,), draws=draws, seed=s).mean for s in range(12)]
+        scores = [drm.judge_clean(latents(), PROMPTS, noise=NoiseEnsemble((0.7,), draws, s)).mean for s in range(12)]
         return float(torch.stack(scores).std(0).mean())
 
     assert spread(16) < 0.5 * spread(1)
@@ -160,7 +163,9 @@ def test_more_draws_vary_less(pipe: StableDiffusion3Pipeline) -> None:
 
 def test_gradients_go_through_the_noise(pipe: StableDiffusion3Pipeline) -> None:
     x = latents().requires_grad_()
-    (gradient,) = torch.autograd.grad(made(pipe, head="query").judge_clean(x, PROMPTS, levels=(0.1, 0.5)).mean.sum(), x)
+    (gradient,) = torch.autograd.grad(
+        made(pipe, head="query").judge_clean(x, PROMPTS, noise=NoiseEnsemble((0.1, 0.5))).mean.sum(), x
+    )
     assert gradient.isfinite().all() and gradient.abs().sum() > 0
 
 
@@ -173,7 +178,7 @@ def test_prompts_may_be_longer_than_the_pipelines_default(pipe: StableDiffusion3
     assert lengths[0] - lengths[1] == 256 - 16
 
 
-def test_levels_out_of_range_are_refused(pipe: StableDiffusion3Pipeline) -> None:
+def test_levels_out_of_range_are_refused() -> None:
     for level, draws in ((1.2, 1), (-0.1, 1), (math.nan, 1), (0.4, 0)):
         with pytest.raises(UsageError, match=r"levels lie in \[0, 1\]"):
-            made(pipe, head="pool").judge_clean(latents(), PROMPTS, levels=(level,), draws=draws)
+            NoiseEnsemble((level,), draws)

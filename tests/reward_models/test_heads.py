@@ -17,6 +17,7 @@ from rsm_guidance.engine import PipelineDenoiser
 from rsm_guidance.reward_models import DiffusionRewardModel, DRMConfig
 from rsm_guidance.reward_models.backbone import denoiser_of
 from rsm_guidance.reward_models.blocks import block_names
+from rsm_guidance.reward_models.ensemble import NoiseEnsemble
 from rsm_guidance.reward_models.heads import HEADS, QueryHead, Widths
 from rsm_guidance.reward_models.levels import level_table
 from rsm_guidance.reward_models.outputs import OUTPUTS
@@ -443,7 +444,7 @@ def test_arguments_of_other_kinds_are_refused() -> None:
 def test_scores_carry_a_graph_where_the_latents_ask_for_one() -> None:
     _, drm, x, _ = built("sd3", "pool", adaptation="full")
     assert not drm.score(x, 300.0, PROMPTS).requires_grad
-    assert not drm.judge_clean(x, PROMPTS, levels=(0.2,)).mean.requires_grad
+    assert not drm.judge_clean(x, PROMPTS, noise=NoiseEnsemble((0.2,))).mean.requires_grad
     assert drm.score(x.requires_grad_(), 300.0, PROMPTS).requires_grad
     assert drm.scorer(*drm.inputs(x.detach(), 300.0, PROMPTS)).requires_grad, "the way to train"
 

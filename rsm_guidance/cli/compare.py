@@ -18,6 +18,7 @@ from rsm_guidance.cli.options import (
     listed,
     load_reward,
     numbers,
+    running,
     say,
 )
 from rsm_guidance.core.errors import UsageError
@@ -82,7 +83,7 @@ class Compare:
         )  # fmt: skip
         guide = reward if self.guide is None else load_reward(self.guide, pipe)
         monitors = {name: load_reward(name, pipe) for name in listed(self.monitor or "")}
-        with resumable(self.out):
+        with resumable(self.out), running(self.model.model):
             report = compare(config, pipe, generation, guide, monitors)
         say_report(report)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rsm_guidance.cli.options import ModelGroup, ModelOptions, SamplerGroup, SamplerOptions, load_reward, say
+from rsm_guidance.cli.options import ModelGroup, ModelOptions, SamplerGroup, SamplerOptions, load_reward, running, say
 from rsm_guidance.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Evaluate:
         pipe, reward, generation = self.model.load()
         guide = reward if self.guide is None else load_reward(self.guide, pipe)
         samples: list[Sample] = []
-        with tqdm(total=len(prompts), desc=sampler.name, unit="image") as bar:
+        with running(self.model.model), tqdm(total=len(prompts), desc=sampler.name, unit="image") as bar:
             for batch in generate(pipe, prompts, sampler, guide, generation, self.seed, self.batch_size):
                 samples += batch
                 bar.update(len(batch))

@@ -3,6 +3,9 @@
 Parsing loads neither torch nor diffusers: commands are dataclasses of plain types, and their `run` imports what it needs.
 """
 
+import contextlib
+import io
+import itertools
 import os
 import pkgutil
 import sys
@@ -24,6 +27,7 @@ COMMANDS = {
     "benchmark values": "rsm_guidance.cli.benchmark:BenchmarkValues",
     "benchmark samplers": "rsm_guidance.cli.benchmark:BenchmarkSamplers",
 }
+_SHOWN = 500  # characters of a refusal
 _DESCRIPTION = f"""Reward guidance for diffusion and flow pipelines.
 
 Every command has --help with examples. Where an error is more than bad input, {PROGRAM} --debug COMMAND shows its traceback
@@ -51,7 +55,6 @@ def parse(words: list[str]) -> Any:
     """The command that the words ask for, with its options; exits after --help and for options that do not exist."""
     import tyro
 
-    style = (tyro.conf.DisallowNone,)
     for name, path in COMMANDS.items():
         own = name.split()
         if words[: len(own)] == own:
@@ -59,7 +62,7 @@ def parse(words: list[str]) -> Any:
             rest = words[len(own) :]
             configured = command.configured(rest) if hasattr(command, "configured") else None
             given = {} if configured is None else {"default": configured}
-            return tyro.cli(command, prog=f"{PROGRAM} {name}", args=rest, config=style, **given)
+            return _parsed(command, f"{PROGRAM} {name}", rest, **given)
     group = next((f"{words[0]} " for name in COMMANDS if words and name.startswith(f"{words[0]} ")), "")
     listed = {
         name.removeprefix(group): pkgutil.resolve_name(path)
@@ -70,8 +73,23 @@ def parse(words: list[str]) -> Any:
         Annotated[c, tyro.conf.subcommand(n, description=_summary(c), prefix_name=False)] for n, c in listed.items()
     ]
     choice: Any = Union[tuple(shown)]  # noqa: UP007 - made at run time
-    prog, rest = f"{PROGRAM} {group}".strip(), words[1:] if group else words
-    return tyro.cli(choice, prog=prog, description=_DESCRIPTION, args=rest, config=style)
+    return _parsed(choice, f"{PROGRAM} {group}".strip(), words[1:] if group else words, description=_DESCRIPTION)
+
+
+def _parsed(command: Any, prog: str, words: list[str], **given: Any) -> Any:
+    """What tyro makes of the words; its refusal, a framed page, as one sentence."""
+    import tyro
+
+    page = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(page):
+            return tyro.cli(command, prog=prog, args=words, config=(tyro.conf.DisallowNone,), **given)
+    except SystemExit as end:
+        if end.code in (0, None):
+            raise
+        framed = [line.strip("│╭╮╰╯ ") for line in page.getvalue().splitlines()[1:]]
+        said = " ".join(itertools.takewhile(lambda line: not line.startswith("─"), framed))
+        _fail(f"error: {said.partition(' Got errors:')[0]} (see {prog} --help)", 2)
 
 
 def _summary(command: type[Any]) -> str:
@@ -85,7 +103,13 @@ def _crashed_in_reward(error: Exception) -> bool:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"{PROGRAM}: {' '.join(message.split())}", file=sys.stderr)
+    """Say one sentence, no longer than a screen however long the words were that it quotes, and exit."""
+    said = "".join(letter if letter.isprintable() else "?" for letter in " ".join(message.split()))
+    if len(said) > _SHOWN:
+        said = f"{said[: _SHOWN * 2 // 3]} ... {said[-_SHOWN // 3 :]}"
+    bars = sys.modules.get("tqdm")
+    say = print if bars is None else bars.tqdm.write  # on a line of its own, below a bar that was cut short
+    say(f"{PROGRAM}: {said}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -83,6 +86,26 @@ class ModelOptions:
         pipe = load_pipeline(self.model, self.dtype, self.device, self.offload, self.scheduler, loras)
         require_arguments(pipe, generation.call())
         return Model(pipe, load_reward(self.reward, pipe), generation)
+
+
+@contextmanager
+def running(model: str) -> Iterator[None]:
+    """Say of what a model's folder holds that it cannot be run, where that shows only in the run.
+
+    An error of a packaged model, or of a reward, is somebody's programming error and passes.
+    """
+    from rsm_guidance.io.names import packaged_model
+    from rsm_guidance.io.reading import refusing
+    from rsm_guidance.rewards import crashed_in_reward
+
+    try:
+        with contextlib.nullcontext() if packaged_model(model) else refusing(f"the model {model!r} cannot be run"):
+            yield
+    except UsageError as error:
+        cause = error.__cause__
+        if isinstance(cause, Exception) and crashed_in_reward(cause):
+            raise cause from None
+        raise
 
 
 def require_arguments(pipe: DiffusionPipeline, call: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from rsm_guidance.cli.options import ModelGroup, ModelOptions, SamplerGroup, SamplerOptions, budget_of, say
+from rsm_guidance.cli.options import ModelGroup, ModelOptions, SamplerGroup, SamplerOptions, budget_of, running, say
 from rsm_guidance.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Sample:
         sampler, budget = self.options.build(self.sampler), budget_of(self.budget, self.seconds)
         pipe, reward, generation = self.model.load()
         call = generation.call() | self._output(pipe)
-        with tqdm(desc=sampler.name, unit="step") as bar:
+        with running(self.model.model), tqdm(desc=sampler.name, unit="step") as bar:
 
             def on_step(event: Progress) -> None:
                 bar.total = max(bar.total or 0, bar.n + event.levels - event.level + 1)

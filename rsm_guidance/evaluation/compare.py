@@ -42,7 +42,7 @@ from rsm_guidance.evaluation.generate import (
 from rsm_guidance.evaluation.report.pictures import grid
 from rsm_guidance.evaluation.report.tables import comparison_table
 from rsm_guidance.evaluation.statistics import mean_interval
-from rsm_guidance.io.files import write_atomically, write_image, write_json
+from rsm_guidance.io.files import read_text, require_regular, write_atomically, write_image, write_json
 from rsm_guidance.samplers import Sampler, Unguided
 from rsm_guidance.samplers.planning import Costs, fit_to_budget
 
@@ -206,13 +206,17 @@ def _copies(config: Comparison, chunk: list[int]) -> list[int]:
 def _read(
     config: Comparison, settings: dict[str, Any], run: _Run, chunk: list[int], second: bool
 ) -> dict[str, Any] | None:
-    """A finished chunk, or None if it is missing, damaged, or of other settings."""
-    path = _path(config, run, chunk, second)
+    """A finished chunk, or None if it or one of its images is missing, damaged, or of other settings."""
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found: dict[str, Any] = json.loads(read_text(_path(config, run, chunk, second)))
+        asked = found["asked"] == _asked(config, settings, run, chunk)
+        columns = [found[name] for name in ("reward", "evaluations", "seconds")] + [*found["monitors"].values()]
+        whole = all(len(column) == len(chunk) and np.isfinite(column).all() for column in columns)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return found if found.get("asked") == _asked(config, settings, run, chunk) else None
+    whole = whole and found["monitors"].keys() == settings["monitors"].keys()
+    shown = all(_image(config, run, index, second) is not None for index in _kept_images(config, chunk))
+    return found if asked and whole and shown else None
 
 
 def _work(
@@ -240,8 +244,9 @@ def _work(
     pixels = pixels_of([s.image for s in samples])
     path = _path(config, run, chunk, second)
     path.parent.mkdir(parents=True, exist_ok=True)
+    kept = _kept_images(config, chunk)
     for s in samples:
-        if chunk[s.index] < max(config.shown, config.pairs):
+        if chunk[s.index] in kept:
             write_image(path.with_name(f"{path.stem}.{chunk[s.index]:05d}.png"), s.image)
     result = {
         "asked": _asked(config, settings, run, chunk),
@@ -281,14 +286,20 @@ def _interval(values: list[float]) -> list[float]:
     return [round(float(v), 5) for v in mean_interval(np.array(values, float))]
 
 
+def _kept_images(config: Comparison, chunk: list[int]) -> list[int]:
+    """The prompts of a chunk whose images are kept: for the picture, and to measure diversity."""
+    return [index for index in chunk if index < max(config.shown, config.pairs)]
+
+
 def _image(config: Comparison, run: _Run, index: int, second: bool) -> Image.Image | None:
     chunk = list(range(config.pairs)) if second else [index // config.chunk * config.chunk]
     path = _path(config, run, chunk, second)
     path = path.with_name(f"{path.stem}.{index:05d}.png")
-    if not path.exists():
+    try:
+        with Image.open(require_regular(path)) as file:
+            return file.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
-    with Image.open(path) as file:
-        return file.convert("RGB")
 
 
 def _distance(config: Comparison, run: _Run, index: int) -> float | None:

@@ -77,7 +77,10 @@ def read_yaml(text: str) -> Any:
     Raises:
         yaml.YAMLError: if it is none.
     """
-    return yaml.load(text, _Loader)  # noqa: S506 - a safe loader
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 - a safe loader
+    except RecursionError as error:
+        raise yaml.YAMLError("it is nested too deeply") from error
 
 
 class _Loader(yaml.SafeLoader):

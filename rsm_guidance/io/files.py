@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rsm_guidance.io.reading import refusing
+
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
@@ -188,10 +190,8 @@ def read_prompts(path: Path) -> list[str]:
         raise ValueError(f"the prompts file {path} is not UTF-8 text: {error}") from error
     lines = [line for line in lines if line]
     if path.suffix == ".jsonl":
-        try:
+        with refusing(f"every line of {path} must be a JSON object with a 'prompt'"):
             found = [json.loads(line)["prompt"] for line in lines]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"every line of {path} must be a JSON object with a 'prompt': {error!r}") from error
         strange = next((p for p in found if not isinstance(p, str)), None)
         if strange is not None or None in found:
             raise ValueError(f"every 'prompt' of {path} must be a text; got {strange!r}")
@@ -226,13 +226,10 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
     """
     import numpy as np
     import torch
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
-    try:
-        with Image.open(require_regular(path)) as file:
-            image = _upright(file)
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read the image {path}: {error}") from error
+    with refusing(f"cannot read the image {path}"), Image.open(require_regular(path)) as file:
+        image = _upright(file)
     if size is not None and image.size != size:
         image = image.resize(size, Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255

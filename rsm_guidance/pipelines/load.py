@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError
 
 from rsm_guidance.core.errors import UsageError
 from rsm_guidance.io.names import model_location
+from rsm_guidance.io.reading import refusing, require_plain
 from rsm_guidance.pipelines.auto import RewardGuidedPipeline
 
 
@@ -36,10 +36,10 @@ def load_pipeline(
         UsageError: if there is no such model, or its pipeline cannot be guided.
     """
     location = model_location(model)
-    try:
+    with refusing(f"cannot load a pipeline from {model!r}"):
+        if Path(location).is_dir():
+            require_plain(Path(location))
         pipe = RewardGuidedPipeline.from_pretrained(location, dtype=getattr(torch, dtype))
-    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UsageError(f"cannot load a pipeline from {model!r}: {str(error).strip().splitlines()[0]}") from error
     pipe.set_progress_bar_config(disable=True)
     if scheduler is not None:
         pipe.scheduler = _scheduler(pipe, scheduler)
@@ -98,12 +98,10 @@ def _add_loras(pipe: DiffusionPipeline, loras: Sequence[tuple[str, float]]) -> N
     for name, (place, _) in zip(names, loras, strict=True):
         path = Path(place)
         where = {"weight_name": path.name} if path.is_file() else {}
-        try:
+        with refusing(f"cannot load the LoRA {place!r}"):
             pipe.load_lora_weights(
                 str(path.parent) if where else place, adapter_name=name, use_safetensors=True, **where
             )
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise UsageError(f"cannot load the LoRA {place!r}: {str(error).strip().splitlines()[0][:200]}") from error
         if not any(name in adapters for adapters in pipe.get_list_adapters().values()):
             raise UsageError(f"the LoRA {place!r} fits no layer of {type(pipe).__name__}; it is of another model")
     if loras:

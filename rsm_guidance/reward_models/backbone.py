@@ -11,14 +11,22 @@ from torch import nn
 
 from rsm_guidance.engine.families import denoisers_of
 from rsm_guidance.io.names import model_location, packaged_model
+from rsm_guidance.io.reading import refusing, require_plain
 
 
 def load_backbone(name: str, device: torch.device | str | None = None) -> DiffusionPipeline:
-    """The pipeline of a hub id, folder or packaged name, on a device (default: a GPU where there is one)."""
+    """The pipeline of a hub id, folder or packaged name, on a device (default: a GPU where there is one).
+
+    Raises:
+        UsageError: if there is none that can be read.
+    """
     location = model_location(name)
     if packaged_model(name) is not None:
         _import_components(location)
-    pipe = DiffusionPipeline.from_pretrained(location)
+    with refusing(f"cannot load the backbone {name!r}"):
+        if Path(location).is_dir():
+            require_plain(Path(location))
+        pipe = DiffusionPipeline.from_pretrained(location)
     return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rsm_guidance.core.contracts import UsageError
-from rsm_guidance.io.files import write_atomically
+from rsm_guidance.io.config import check_options
+from rsm_guidance.io.files import read_text, require_regular, write_atomically
+from rsm_guidance.io.reading import refusing
 from rsm_guidance.reward_models.config import DRMConfig
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -62,14 +63,17 @@ def read_config(folder: Path) -> DRMConfig:
     Raises:
         UsageError: if its config.json is missing, damaged or incomplete.
     """
-    try:
-        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    with refusing(f"{folder} is not a diffusion reward model: its {CONFIG} cannot be used"):
+        settings = json.loads(read_text(folder / CONFIG))
+        if not isinstance(settings, dict):
+            raise ValueError(f"it is a {type(settings).__name__}")
         missing = sorted({"backbone", "blocks", "adaptation"} - settings.keys())
         if missing:
-            raise UsageError(f"it does not say the {missing[0]}")
-        return DRMConfig(**settings)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UsageError(f"{folder} is not a diffusion reward model: its {CONFIG} cannot be used: {error}") from error
+            raise ValueError(f"it does not say the {missing[0]}")
+        try:
+            return DRMConfig(**check_options(DRMConfig, settings, "it"))
+        except UsageError as error:
+            raise ValueError(str(error)) from error
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -78,11 +82,15 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     Raises:
         UsageError: if they are missing or damaged.
     """
-    try:
-        tensors: dict[str, Tensor] = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"{folder} is not a diffusion reward model: {error}") from error
+    with refusing(f"{folder} is not a diffusion reward model: its {WEIGHTS} cannot be used"):
+        tensors: dict[str, Tensor] = load_file(require_regular(folder / WEIGHTS))
     return tensors
+
+
+def require_checkpoint(folder: Path) -> None:
+    """Raise a UsageError unless a folder holds a checkpoint that can be read."""
+    read_config(folder)
+    read_tensors(folder)
 
 
 def checkpoint_folder(name: str | os.PathLike[str], **download: Any) -> Path:

@@ -21,6 +21,7 @@ from rsm_guidance.core.schedule import NoiseSchedule
 from rsm_guidance.engine import encode_images
 from rsm_guidance.engine.memory import MicroBatch, cast_weights_kept
 from rsm_guidance.io.names import model_name
+from rsm_guidance.io.reading import refusing
 from rsm_guidance.reward_models.backbone import denoiser_of, load_backbone
 from rsm_guidance.reward_models.blocks import Grid, block_names, token_grid
 from rsm_guidance.reward_models.checkpoint import CARD, checkpoint_folder, read_config, read_tensors, write_checkpoint
@@ -287,7 +288,9 @@ class DiffusionRewardModel(
             local_files_only=local_files_only, token=token,
         )  # fmt: skip
         config, tensors = read_config(folder), read_tensors(folder)
-        drm = cls(pipe if pipe is not None else load_backbone(config.backbone), config)
+        pipe = pipe if pipe is not None else load_backbone(config.backbone)
+        with refusing(f"{folder} does not describe a reward model on {config.backbone!r}"):
+            drm = cls(pipe, config)
         own = drm.own_tensors()
         if own.keys() != tensors.keys() or any(own[k].shape != tensors[k].shape for k in own):
             raise UsageError(

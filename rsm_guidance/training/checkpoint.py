@@ -19,7 +19,8 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rsm_guidance.io.files import begin_folder, commit_folder, recover_folder, write_json, write_tensors
+from rsm_guidance.io.files import begin_folder, commit_folder, read_text, recover_folder, write_json, write_tensors
+from rsm_guidance.io.reading import reason, require_plain
 
 _OBJECTIVE, _AVERAGES, _PROGRESS = "objective.safetensors", "averages.safetensors", "progress.json"
 
@@ -81,6 +82,7 @@ def load_state(folder: Path, state: TrainState) -> bool:
             return False
     handle = accelerator.register_load_state_pre_hook(lambda models, path: models.clear())
     try:
+        require_plain(folder)
         _read_own(folder, state)
         accelerator.step = -1
         accelerator.load_state(str(folder))
@@ -88,7 +90,7 @@ def load_state(folder: Path, state: TrainState) -> bool:
             raise ValueError("its random-number state cannot be read")
     except Exception as error:
         refused = isinstance(error, pickle.UnpicklingError)  # torch's sentence tells how to run the code anyway
-        why = "a file of it holds more than tensors and plain data" if refused else str(error).strip()
+        why = "a file of it holds more than tensors and plain data" if refused else reason(error)
         raise ValueError(f"cannot resume from {folder}: {why}; delete that folder to start afresh") from error
     finally:
         handle.remove()
@@ -106,7 +108,7 @@ def _write_own(folder: Path, state: TrainState) -> None:
 
 
 def _read_own(folder: Path, state: TrainState) -> None:
-    progress = json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))
+    progress = json.loads(read_text(folder / _PROGRESS))
     _copy(load_file(folder / _OBJECTIVE), _own_tensors(state.objective))
     if state.ema is not None:
         averages = dict(zip(state.trained, state.ema.shadow_params, strict=True))

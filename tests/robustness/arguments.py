@@ -1,7 +1,14 @@
-"""Random command lines of the kinds that once gave tracebacks, hangs, files left behind or pages of refusal."""
+"""Random command lines of the kinds that once gave tracebacks, hangs, files left behind or pages of refusal.
 
+`python -m tests.robustness.arguments --lists 2000` runs them and prints how often what went wrong.
+"""
+
+import os
 import random
+import shutil
 from pathlib import Path
+
+from tests.robustness.trial import attempt
 
 WORDS = [
     "",
@@ -146,3 +153,41 @@ def furnish(folder: Path) -> None:
     (folder / "bad.yaml").write_text("steps: [1, {2")
     (folder / "folder").mkdir()
     (folder / "loop").symlink_to("loop")
+    os.mkfifo(folder / "fifo")
+
+
+def judged(number: int, folder: Path) -> tuple[list[str], list[str], str]:
+    """The command line of a number, run in a new folder: its words, its faults, and what was said."""
+    folder.mkdir()
+    furnish(folder)
+    trial = attempt(arguments(random.Random(number)), folder)
+    shutil.rmtree(folder)
+    return trial.words, trial.faults(), f"{trial.seconds:.1f} s, {trial.raised or f'{trial.code} {trial.said}'}"
+
+
+def run() -> None:
+    """The command."""
+    import argparse
+    import tempfile
+    import warnings
+
+    from tests.robustness.trial import counts
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--lists", type=int, default=2000)
+    parser.add_argument("--first", type=int, default=0)
+    options = parser.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    warnings.simplefilter("ignore")
+    found = []
+    with tempfile.TemporaryDirectory() as place:
+        for number in range(options.first, options.first + options.lists):
+            words, faults, said = judged(number, Path(place, "list"))
+            found.append(faults)
+            if faults:
+                print(f"{number} {faults}: {' '.join(words)[:300]!r}\n    {said[:700]}", flush=True)
+    print(f"{len(found)} command lines: {counts(found)}")
+
+
+if __name__ == "__main__":
+    run()

@@ -227,7 +227,7 @@ def pipeline(folder: Path, rng: random.Random, sources: Sources) -> Case:
             ["families", "pipe-7f"],
         ]
     )
-    return Case("model folder", f"{source.name}/{how}", words, ("pipe-7f",))
+    return Case("model folder", f"{source.name}/{how}", words, ("pipe-7f", reward))
 
 
 def reward_model(folder: Path, rng: random.Random, sources: Sources) -> Case:
@@ -274,7 +274,10 @@ def configuration(folder: Path, rng: random.Random, sources: Sources) -> Case:
     else:
         how = rng.choice(
             ["a: &a [*a]", "? {a: 1}\n: 2", "!!python/object:os.system x", "steps: 1\nsteps: [1]", "groups: 3", "1: 2"]
-            + [f"{name}: {json.dumps(rng.choice(ODD))}" for name in ("out", "lr", "groups", "steps", "adaptation", "data")]
+            + [
+                f"{name}: {json.dumps(rng.choice(ODD))}"
+                for name in ("out", "lr", "groups", "steps", "adaptation", "data")
+            ]
         )
         if how.startswith(("lr", "out", "data")):
             how += "\nsteps: x"
@@ -354,8 +357,9 @@ def judged(number: int, folder: Path, sources: Sources) -> tuple[Case, list[str]
     made = case(number, folder, sources)
     codes = (0,) if made.works else (0, 1, 2) if made.kind == "preferences" else (0, 2)
     trial = attempt(made.words, folder)
+    faults = trial.faults(made.names, codes, "report.json" not in trial.after)
     shutil.rmtree(folder)
-    return made, trial.faults(made.names, codes), trial.raised or f"{trial.code} {trial.said}"
+    return made, faults, trial.raised or f"{trial.code} {trial.said}"
 
 
 def run() -> None:

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import signal
 import time
 import traceback
@@ -18,6 +19,7 @@ from rsm_guidance.cli.main import main
 ON_A_SCREEN = 600  # characters
 PATIENCE = 8.0  # seconds that a command of these sizes may take
 _LIMIT = 30.0
+_BAR = re.compile(r"\[\d\d:\d\d.*/s|s/[a-z]+")  # a progress bar
 _HALF = (".partial", ".new", ".old")
 
 
@@ -47,12 +49,13 @@ class Trial:
     after: dict[str, str]
     folder: Path
 
-    def faults(self, names: Iterable[str] = (), codes: tuple[int, ...] = (0, 2)) -> list[str]:
+    def faults(self, names: Iterable[str] = (), codes: tuple[int, ...] = (0, 2), refused: bool = True) -> list[str]:
         """What is wrong with it: kinds of faults, none for a refusal in one sentence or a result.
 
         Args:
             names: of which a refusal must say at least one; empty for any refusal.
             codes: exit codes that are right here.
+            refused: whether the code 2 is a refusal, and not the verdict of `data check`.
         """
         found = []
         if self.raised:
@@ -61,7 +64,7 @@ class Trial:
             found.append("wrong exit code")
         if self.seconds > PATIENCE:
             found.append("slow")
-        if self.code == 2:
+        if self.code == 2 and refused:
             sentence = self.said
             if len(sentence) > ON_A_SCREEN or sentence.strip().count("\n"):
                 found.append("longer than a screen or a sentence")
@@ -91,9 +94,11 @@ def attempt(words: list[str], folder: Path) -> Trial:
             last = [f"{f.filename.rpartition('/')[2]}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)]
             raised = f"{type(error).__name__}: {str(error)[:300]} [{' '.join(last[-6:])}]"
     seconds = time.perf_counter() - began
-    said = [line for line in err.getvalue().splitlines() if line.strip() and "\r" not in line and "it/s" not in line]
-    refusal = [line for line in said if "|" not in line and "Warning" not in line and not line.startswith("  ")]
-    return Trial(words, code, "\n".join(refusal), raised, seconds, before, contents(folder), folder)
+    lines = [line for line in err.getvalue().splitlines() if line.strip() and not _BAR.search(line)]
+    start = next(
+        (i for i, line in enumerate(lines) if line.startswith("rsm-guidance: ")), 0
+    )  # warnings may stand before
+    return Trial(words, code, "\n".join(lines[start:]), raised, seconds, before, contents(folder), folder)
 
 
 def contents(folder: Path) -> dict[str, str]:

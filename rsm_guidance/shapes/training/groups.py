@@ -22,8 +22,9 @@ from tqdm.auto import tqdm
 
 from rsm_guidance.core.random import RandomStreams
 from rsm_guidance.engine import PipelineDenoiser
-from rsm_guidance.io.files import write_json, write_tensors
+from rsm_guidance.io.files import read_text, require_regular, write_json, write_tensors
 from rsm_guidance.io.fingerprint import fingerprint
+from rsm_guidance.io.reading import refusing
 from rsm_guidance.rollouts.collect import collect, initial_generators
 from rsm_guidance.shapes.reward import to_uint8
 from rsm_guidance.shapes.scenes import Caption
@@ -136,15 +137,32 @@ def generate_groups(
             level = branch_level(random.Random(f"{seed}|{start}"), config.steps)
             with torch.autocast(pipe.device.type, torch.bfloat16, enabled=config.autocast):
                 write_tensors(path, sample_groups(pipe, batch, config, level, seed).tensors())
-        parts.append(BranchGroups([c.text for c in batch], **load_file(path)))
+        parts.append(_read_groups(path, [c.text for c in batch]))
     return join(parts)
+
+
+def _read_groups(path: Path, prompts: list[str]) -> BranchGroups:
+    """What was written for a batch of prompts.
+
+    Raises:
+        UsageError: if it is damaged.
+    """
+    with refusing(f"cannot read the samples {path}", "delete the file, and they are made again"):
+        groups = BranchGroups(prompts, **load_file(require_regular(path)))
+        short = [name for name, tensor in groups.tensors().items() if len(tensor) != len(prompts)]
+        if short:
+            raise ValueError(f"its {short[0]} are not of {len(prompts)} prompts")
+    return groups
 
 
 def _require_settings(path: Path, settings: dict[str, Any]) -> None:
     """Write the settings of a data folder, or require those that are written there."""
     if not path.exists():
         write_json(path, settings)
-    elif json.loads(path.read_text(encoding="utf-8")) != settings:
+        return
+    with refusing(f"cannot read {path}", f"delete {path.parent}, and the samples are made again"):
+        found = json.loads(read_text(path))
+    if found != settings:
         raise ValueError(f"{path.parent} holds samples made with other settings; name another data folder or delete it")
 
 

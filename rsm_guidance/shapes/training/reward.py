@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from rsm_guidance.core.random import generator_of
 from rsm_guidance.io.files import write_json
 from rsm_guidance.reward_models import DiffusionRewardModel, load_backbone
+from rsm_guidance.reward_models.checkpoint import require_checkpoint
 from rsm_guidance.shapes.scenes import Caption, caption_set, random_caption
 from rsm_guidance.shapes.training.config import RewardTrainConfig
 from rsm_guidance.shapes.training.groups import BranchGroups, generate_groups
@@ -45,6 +46,8 @@ def train_reward(config: RewardTrainConfig) -> dict[str, Any]:
     """
     out = Path(config.out)
     _ = config.groups.gaussian  # refuses what children cannot be drawn from, before anything is loaded
+    if (out / "model").exists():
+        require_checkpoint(out / "model")  # a run that goes on ends with the best model so far
     pipe = load_backbone(config.pipeline)
     pipe.set_progress_bar_config(disable=True)
     data = reward_data(pipe, config)

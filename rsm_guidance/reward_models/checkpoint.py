@@ -64,7 +64,7 @@ def write_checkpoint(folder: Path, config: DRMConfig, tensors: Mapping[str, Tens
 
 def _compact(tensor: Tensor, rounded: bool) -> Tensor:
     half = tensor.half()
-    return half
+    return half if rounded or torch.equal(half.to(tensor.dtype), tensor) else tensor
 
 
 def read_checkpoint(folder: Path) -> tuple[DRMConfig, dict[str, Tensor]]:

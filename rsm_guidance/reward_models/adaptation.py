@@ -34,3 +34,6 @@ def _add_lora(trunk: Trunk, config: DRMConfig) -> None:
         raise UsageError(
             f"the LoRA has no layer to go to: none is named {', '.join(config.lora_targets)}; set lora_targets"
         ) from error
+    for name, parameter in trunk.named_parameters():
+        if "lora_" in name:  # an update of bfloat16 weights is mostly rounded away
+            parameter.data = parameter.data.float()

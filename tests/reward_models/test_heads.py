@@ -456,3 +456,18 @@ def test_half_precision_scores_by_rounding_alone(head: str) -> None:
     wide = drm.score(x, 300.0, PROMPTS)
     narrow = drm.bfloat16().score(x, 300.0, PROMPTS)
     assert torch.allclose(wide, narrow.float(), atol=0.1 * float(wide.abs().max()) + 0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_lora_over_a_half_precision_backbone_learns_in_full_precision(dtype: torch.dtype) -> None:
+    for name, head in product(("sd3", "sd15"), ("drm", "query")):
+        pipe = ZOO[name].build().to(dtype)
+        queries = {"attention_heads": 2} if head == "query" else {"head_width": 32}
+        drm = DiffusionRewardModel.from_pipeline(pipe, backbone="a/b", head=head, adaptation="lora", **queries)  # type: ignore[arg-type]
+        with torch.no_grad(), closing(PipelineDenoiser(pipe, call(name))) as engine:
+            x = engine.initial()
+        drm.scorer(*drm.inputs(x, 300.0, PROMPTS)).sum().backward()
+        tuned = [p for n, p in drm.trunk.named_parameters() if "lora_B" in n]
+        assert drm.trunk_dtype == dtype and all(p.dtype == torch.float32 for p in tuned)
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in tuned)
+        assert sum(float(p.grad.abs().sum()) for p in tuned if p.grad is not None) > 0

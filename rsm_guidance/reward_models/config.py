@@ -1,8 +1,8 @@
 """`DRMConfig`: what a diffusion reward model is made of."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
 
 from rsm_guidance.core.contracts import UsageError
 
@@ -70,8 +70,7 @@ class DRMConfig:
     denoiser: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("taps", "text_taps", "ratings", "lora_targets", "image_levels"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        _set_kinds(self)
         for name, choices in (("adaptation", Adaptation), ("head", HeadName), ("output", OutputName)):
             if getattr(self, name) not in get_args(choices):
                 raise UsageError(f"unknown {name} {getattr(self, name)!r}; choose {', '.join(get_args(choices))}")
@@ -95,3 +94,22 @@ class DRMConfig:
     def channels(self) -> int:
         """Numbers that the head gives per sample."""
         return {"scalar": 1, "gaussian": 2, "ordinal": len(self.ratings)}[self.output]
+
+
+_NAMES, _NUMBERS = ("taps", "text_taps", "lora_targets"), ("ratings", "image_levels")
+
+
+def _set_kinds(config: DRMConfig) -> None:
+    """Make lists tuples; refuse values of other kinds, such as one name where a list of names belongs."""
+    for field in fields(config):
+        value, kind = getattr(config, field.name), field.type
+        if field.name in (*_NAMES, *_NUMBERS):
+            wanted: Any = str if field.name in _NAMES else int | float
+            if not isinstance(value, list | tuple) or not all(isinstance(v, wanted) for v in value):
+                what = "names" if field.name in _NAMES else "numbers"
+                raise UsageError(f"{field.name} must be a list of {what}; got {value!r}")
+            object.__setattr__(config, field.name, tuple(value))
+        elif kind in (int, float, bool, str):
+            number = kind is float and isinstance(value, int)
+            if not (isinstance(value, kind) or number) or isinstance(value, bool) != (kind is bool):  # type: ignore[arg-type]
+                raise UsageError(f"{field.name} must be of type {getattr(kind, '__name__', kind)}; got {value!r}")

@@ -45,9 +45,7 @@ def is_dina(config: Path) -> bool:
 
 def backbone_of(folder: Path) -> str:
     """Hub id of the pipeline whose denoiser is the backbone."""
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    _check(folder, settings, settings["model"], settings["model"].get("reward_head", {}))
-    return str(settings["model"]["backbone_model_id"])
+    return str(_settings(folder)["model"]["backbone_model_id"])
 
 
 def read_dina(folder: Path) -> tuple[DRMConfig, dict[str, Tensor]]:
@@ -56,9 +54,8 @@ def read_dina(folder: Path) -> tuple[DRMConfig, dict[str, Tensor]]:
     Raises:
         UsageError: if files are missing or damaged, or ask for what this package does not have.
     """
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings = _settings(folder)
     model, head = settings["model"], settings["model"].get("reward_head", {})
-    _check(folder, settings, model, head)
     adapter: dict[str, Any] = {}
     if model.get("freeze_backbone"):
         adaptation, tensors = "frozen", _pickle(folder, "rm_head.pt", "head.")
@@ -89,6 +86,19 @@ def read_dina(folder: Path) -> tuple[DRMConfig, dict[str, Tensor]]:
         "score_std": _SCORE_SCALE,
     }
     return DRMConfig(**config, **adapter), tensors
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    model = settings["model"]
+    parts = {"model.reward_head": model.get("reward_head", {}), "training": settings.get("training", {})}
+    lists = {f"model.{name}": model.get(name, []) for name in ("visual_head_idx", "text_head_idx")}
+    wrong = [k for k, v in parts.items() if not isinstance(v, dict)]
+    wrong += [k for k, v in lists.items() if not (isinstance(v, list) and all(type(i) is int for i in v))]
+    if wrong:
+        raise UsageError(f"the DiNa-LRM model in {folder} has a {wrong[0]} of another kind than its authors write")
+    _check(folder, settings, model, parts["model.reward_head"])
+    return settings
 
 
 def _check(folder: Path, settings: dict[str, Any], model: dict[str, Any], head: dict[str, Any]) -> None:

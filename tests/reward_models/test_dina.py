@@ -203,6 +203,11 @@ def edited(folder: Path, **changes: Any) -> None:
         ({"training__add_noise": False}, "add_noise: false"),
         ({"training__mixed_precision": "fp8"}, "mixed_precision"),
         ({"model__reward_head__num_queries": 7}, r"head.query_tokens \(1x4x32 for 1x7x32\)"),
+        ({"model__reward_head": None}, "model.reward_head of another kind"),
+        ({"model__visual_head_idx": "4"}, "model.visual_head_idx of another kind"),
+        ({"model__visual_head_idx": []}, "unknown: head.layer_adapters_visual.1"),
+        ({"model__num_transformer_layers": "3"}, "blocks must be of type int; got '3'"),
+        ({"model__backbone_model_id": None}, "backbone must be of type str; got None"),
         ({"model__text_head_idx": [3]}, "unknown: head.layer_adapters_text.1"),
     ],
 )

@@ -368,6 +368,17 @@ def test_what_cannot_be_read_is_refused() -> None:
             make(sd3, **{field: bad})  # type: ignore[arg-type]
 
 
+def test_settings_of_other_kinds_are_refused() -> None:
+    wrong: dict[str, Any] = {
+        "taps": "mid_block", "ratings": "12", "image_levels": 0.1, "blocks": 2.0, "lora_rank": True, "norm_eps": "1e-6",
+        "half_precision": 1, "backbone": None, "lora_targets": [1],
+    }  # fmt: skip
+    for field, value in wrong.items():
+        with pytest.raises(UsageError, match=f"{field} must be .*; got"):
+            DRMConfig(**{field: value})
+    assert DRMConfig(taps=["mid_block"], score_mean=1).taps == ("mid_block",)  # type: ignore[arg-type]
+
+
 # --- checkpoints that do not fit ---
 
 

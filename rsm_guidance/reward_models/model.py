@@ -130,7 +130,12 @@ class DiffusionRewardModel(
 
     @property
     def share(self) -> float:
-        """Cost of scoring one latent, as a share of one denoiser evaluation."""
+        """Cost of scoring an image, in denoiser evaluations: that of a latent, for every noise that it is scored under."""
+        return self.latent_share * max(1, len(self.drm_config.image_levels) * self.drm_config.image_draws)
+
+    @property
+    def latent_share(self) -> float:
+        """Cost of scoring one noisy latent, as a share of one denoiser evaluation."""
         return self.trunk.depth_share
 
     def forward(self, images: Tensor, prompts: list[str], **columns: list[Any]) -> Tensor:
@@ -234,13 +239,13 @@ class DiffusionRewardModel(
     ) -> Tensor:
         """Scores [B] of latents as a sampler has them, at a level 0..N of its schedule; otherwise as `score`.
 
-        Clean ones are scored as images are: at `image_levels`, where there are any.
+        Clean ones are scored under one noise of the first of the `image_levels`, where there are any.
         """
         alpha, sigma = schedule.coefficients(level)
         if not schedule.is_flow:  # exploding levels are shown to the denoiser at the size of preserving ones
             latents = latents / math.hypot(alpha, sigma)
         if sigma == 0 and self.drm_config.image_levels:
-            return self.judge_clean(latents, prompts, grid).mean
+            return self.judge_clean(latents, prompts, grid, NoiseEnsemble(self.drm_config.image_levels[:1])).mean
         return self.score(latents, float(schedule.timesteps[level]), prompts, grid)
 
     def judge_clean(

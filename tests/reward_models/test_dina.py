@@ -50,7 +50,9 @@ class Backbone(nn.Module):
 def pipe() -> StableDiffusion3Pipeline:
     def make() -> StableDiffusion3Pipeline:
         made = families.sd3()
-        made["transformer"] = SD3Transformer2DModel.from_config({**made["transformer"].config, "num_layers": 4})
+        made["transformer"] = SD3Transformer2DModel.from_config(
+            {**made["transformer"].config, "num_layers": 4, "dual_attention_layers": (0, 1)}
+        )
         return StableDiffusion3Pipeline(**made)
 
     return _build(make)

@@ -9,6 +9,9 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
 from rsm_guidance.core.contracts import UsageError
+from rsm_guidance.core.ledger import Ledger
+from rsm_guidance.core.meter import MeteredReward
+from rsm_guidance.core.schedule import NoiseSchedule
 from rsm_guidance.reward_models import DiffusionRewardModel
 from rsm_guidance.reward_models.ensemble import NoiseEnsemble
 from rsm_guidance.reward_models.levels import level_table
@@ -148,6 +151,19 @@ def test_images_are_scored_at_the_levels_of_the_checkpoint(pipe: StableDiffusion
     drm, clean = made(pipe, head="pool", image_levels=(0.3,)), made(pipe, head="pool")
     assert not torch.allclose(drm(images, PROMPTS), clean(images, PROMPTS), atol=1e-4)
     assert torch.equal(drm.score_images(images, PROMPTS, 0.0), clean(images, PROMPTS))
+
+
+@torch.no_grad()
+def test_what_images_cost_is_booked_for_every_noise(pipe: StableDiffusion3Pipeline) -> None:
+    drm = made(pipe, head="pool", image_levels=(0.1, 0.4), image_draws=3)
+    ran: list[int] = []
+    drm.trunk.register_forward_hook(lambda module, inputs, output: ran.append(len(output.tokens)))
+    ledger = Ledger()
+    MeteredReward(drm, ledger)(torch.rand(3, 3, 32, 32), PROMPTS)
+    assert ledger.value_cost == pytest.approx(sum(ran) * drm.latent_share) and sum(ran) == 18
+    ran.clear()
+    drm.score_at_level(latents(), 4, PROMPTS, NoiseSchedule.flow(4))
+    assert sum(ran) == 3, "a value costs the same at every level"
 
 
 @torch.no_grad()

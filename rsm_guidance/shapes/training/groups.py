@@ -1,9 +1,10 @@
 """Preference data for reward models, from a generator's own samples.
 
 For each prompt one trajectory is run to a random level; there K children are drawn from the one Gaussian of the
-transition, and each is completed to a clean sample that the verifier scores.  Such a *branch group* serves twice: its
-finished samples are the re-noised pairs of the DRM paper, and its noisy children, ordered by what became of them, are
-*sibling* pairs, the very comparison that step-wise sampling makes.  (Sibling pairs are ours.)
+transition, and each is completed to a clean sample that the verifier scores.  Such a *branch group* serves three times: its
+finished samples are the re-noised pairs of the DRM paper; its noisy children, ordered by what became of them, are
+*sibling* pairs, the very comparison that step-wise sampling makes; and every latent on the way is an example of what
+becomes of such latents.  (The latter two are ours.)
 """
 
 import random
@@ -38,22 +39,40 @@ class BranchGroups:
 
     Attributes:
         prompts: [G].
-        children: [G, K, C, H, W], half precision, at noise level sigma.
+        paths: [G, K, N, C, H, W], half precision, the latents of each trajectory at levels 0 to N - 1; up to its branching
+            those of a group are the same.
         finals: [G, K, C, H, W], half precision, clean.
-        sigma: [G].
+        sigmas: [G, N], the noise levels of `paths`.
+        branched: [G], the level of the children.
         scores: [G, K], the verifier's in [0, 1], plus 0.25 where the image is strictly correct.
         labels: [G, K, 64, 4], half precision, what it saw in the finished images (`training.objects`).
     """
 
     prompts: list[str]
-    children: Tensor
+    paths: Tensor
     finals: Tensor
-    sigma: Tensor
+    sigmas: Tensor
+    branched: Tensor
     scores: Tensor
     labels: Tensor
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    @property
+    def sigma(self) -> Tensor:
+        """Noise level [G] of the children."""
+        return self.sigmas[torch.arange(len(self)), self.branched]
+
+    def children(self, rows: Tensor) -> Tensor:
+        """The children [R, K, C, H, W] of groups rows [R]."""
+        return self.paths[rows, :, self.branched[rows]]
+
+    def outcomes(self, rows: Tensor, levels: Tensor) -> Tensor:
+        """What became [R, K] of latents of `paths` at levels [R]: the score, before the branching the mean of the group's."""
+        scores = self.scores[rows]
+        shared = (levels < self.branched[rows])[:, None]
+        return torch.where(shared, scores.mean(1, keepdim=True), scores)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything but the prompts, by name."""
@@ -83,30 +102,28 @@ def sample_groups(
         "generator": initial_generators(streams, 0),
     }
     with closing(PipelineDenoiser(pipe, call)) as denoiser:
-        children, finals = _completed_children(denoiser, streams, config, level)
+        paths, finals = _completed(denoiser, streams, config, level)
         rows = torch.arange(len(prompts)).repeat_interleave(config.siblings)
         images = to_uint8(denoiser.decode(finals.flatten(0, 1), rows)).numpy()
-        sigma = torch.full((len(prompts),), float(denoiser.schedule.sigma[level]))
+        sigmas = torch.as_tensor(denoiser.schedule.sigma[:-1]).float().expand(len(prompts), -1).clone()
     shape = (len(prompts), config.siblings)
     seen = [see(image) for image in images]
     verdicts = [judge(objects, captions[n // config.siblings].spec) for n, objects in enumerate(seen)]
     scores = torch.tensor([v.score + _CORRECT_BONUS * v.correct for v in verdicts]).view(shape)
     labels = torch.from_numpy(np.stack([token_labels(objects) for objects in seen])).half().unflatten(0, shape)
-    return BranchGroups(prompts, children.half().cpu(), finals.half().cpu(), sigma, scores, labels)
+    branched = torch.full((len(prompts),), level)
+    return BranchGroups(prompts, paths.half().cpu(), finals.half().cpu(), sigmas, branched, scores, labels)
 
 
-def _completed_children(
+def _completed(
     denoiser: PipelineDenoiser, streams: RandomStreams, config: GroupConfig, level: int
 ) -> tuple[Tensor, Tensor]:
-    """Children at `level` and the clean latents they end in, both [B, K, ...]; at level 0 they are K initial noises."""
+    """Trajectories [B, K, N, ...] that part at `level` (at 0 they are K initial noises), and the clean latents they end in."""
     k = config.siblings
-    if level == 0:
-        rollout = collect(denoiser, streams, config.gaussian, group=k)
-        children = rollout.steps[0].x
-    else:
-        rollout = collect(denoiser, streams, config.gaussian, splits={level - 1: k})
-        children = rollout.steps[level - 1].next
-    return children.unflatten(0, (-1, k)), rollout.latents.unflatten(0, (-1, k))
+    apart = {"group": k} if level == 0 else {"splits": {level - 1: k}}
+    rollout = collect(denoiser, streams, config.gaussian, **apart)  # type: ignore[arg-type]
+    path = torch.stack([step.x[place] for step, place in zip(rollout.steps, rollout.lineage(), strict=True)], 1)
+    return path.unflatten(0, (-1, k)), rollout.latents.unflatten(0, (-1, k))
 
 
 def generate_groups(

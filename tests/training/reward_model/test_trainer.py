@@ -21,14 +21,14 @@ from accelerate.utils import LoggerType
 from safetensors.torch import load_file
 
 from rsm_guidance.core.errors import UsageError
-from rsm_guidance.reward_models import load_backbone
+from rsm_guidance.reward_models import RewardOutput, load_backbone
 from rsm_guidance.training import checkpoint as states
 from rsm_guidance.training.reward_model import trainer as training
 from rsm_guidance.training.reward_model.collate import PreparedData, collate
 from rsm_guidance.training.reward_model.config import DataConfig, LossConfig, ModelConfig, OptimizerConfig, RewardConfig
 from rsm_guidance.training.reward_model.evaluate import score_pairs
+from rsm_guidance.training.reward_model.losses import PairLabel, soft
 from rsm_guidance.training.reward_model.objective import PairObjective
-from rsm_guidance.training.reward_model.pair_losses import bradley_terry as soft_bradley_terry
 from rsm_guidance.training.reward_model.run import require_run
 from rsm_guidance.training.reward_model.trainer import build_model, build_objective, train_reward
 from tests.training.reward_model.worlds import tiny, write_choices
@@ -216,16 +216,18 @@ def test_a_soft_tie_pulls_scores_together_and_pairs_count_by_their_weight(
     sd3: Path, choices: Path, tmp_path: Path
 ) -> None:
     margin = torch.tensor([0.7, -0.3], requires_grad=True)
-    losses = soft_bradley_terry(margin, torch.tensor([0.5, 0.5]))
+    label = PairLabel(torch.tensor([0.5, 0.5]), torch.tensor([True, True]), torch.zeros(2))
+    losses = soft(RewardOutput(margin), RewardOutput(torch.zeros(2)), label)
     losses.sum().backward()
     assert bool((margin.grad.sign() == margin.sign()).all()) and bool((losses > 0).all())  # type: ignore[union-attr]
-    assert soft_bradley_terry(torch.zeros(1), torch.tensor([0.5])).item() == pytest.approx(0, abs=1e-7)
+    equal = RewardOutput(torch.zeros(2))
+    assert soft(equal, equal, label).tolist() == pytest.approx([0, 0], abs=1e-7)
 
     objective, data = objective_of(tiny(sd3, choices, tmp_path / "a"))
     batch = collate([data.train[i] for i in range(3)], 0)
     batch |= {"weight": torch.tensor([1.0, 0.5, 0.5]), "probability": torch.tensor([1.0, 0.0, 0.5])}
     with torch.no_grad():
-        m = objective._outputs(batch)[0][..., 0] @ torch.tensor([1.0, -1.0])
+        m = objective._raw(batch)[0].view(-1, 2) @ torch.tensor([1.0, -1.0])
         found = objective(batch)["loss"]
     tie = math.log(math.cosh(m[2].item() / 2))  # cross-entropy of a tie, less log 2
     by_hand = (math.log1p(math.exp(-m[0])) + 0.5 * math.log1p(math.exp(m[1])) + 0.5 * tie) / 2

@@ -311,10 +311,11 @@ class DiffusionRewardModel(
 
     def own_tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds: the head, and whatever of the trunk was trained; never the named backbone."""
+        saved = {
+            f"head.{k}": v for k, v in self.head.state_dict().items()
+        }  # first: under FSDP it frees whole parameters
         trunk = dict(self.trunk.named_parameters())
-        return {f"head.{k}": v for k, v in self.head.state_dict().items()} | {
-            f"trunk.{k}": trunk[k] for k in self._tuned
-        }
+        return saved | {f"trunk.{k}": trunk[k] for k in self._tuned}
 
     def _save_pretrained(self, save_directory: Path) -> None:
         write_checkpoint(save_directory, self.drm_config, self.own_tensors())

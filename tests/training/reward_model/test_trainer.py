@@ -117,7 +117,7 @@ def test_init_from_starts_where_a_finished_model_ended(sd3: Path, choices: Path,
     for level in (0.0, 0.05):
         assert entry[f"accuracy@{level:g}"] == clean[level]["accuracy"]
         assert entry[f"held_out_loss@{level:g}"] == pytest.approx(clean[level]["loss"], rel=1e-6)
-    with pytest.raises(UsageError, match=r"model.lora_rank=2, and here it is 4"):
+    with pytest.raises(UsageError, match=r"made with lora_rank=2, and here it is 4"):
         train_reward(replace(second, out=tmp_path / "x", model=replace(first.model, lora_rank=4)))
     with pytest.raises(ValueError, match="no whole training state; to start from finished weights use init_from"):
         train_reward(replace(second, out=tmp_path / "x", init_from=None, resume=str(first.out)))
@@ -238,15 +238,15 @@ def test_noise_belongs_to_the_pair_and_the_epoch(sd3: Path, choices: Path, tmp_p
     objective, data = objective_of(tiny(sd3, choices, tmp_path / "a"))
     items = [data.train[i] for i in range(4)]
     with torch.no_grad():
-        together = objective._outputs(collate(items, 3))[0][..., 0]
-        alone = torch.cat([objective._outputs(collate([item], 3))[0][..., 0] for item in items])
-        later = objective._outputs(collate(items, 4))[0][..., 0]
+        together = objective._raw(collate(items, 3))[0]
+        alone = torch.cat([objective._raw(collate([item], 3))[0] for item in items])
+        later = objective._raw(collate(items, 4))[0]
     assert torch.allclose(together, alone, rtol=0, atol=1e-5) and not torch.allclose(together, later, atol=1e-3)
 
 
 def test_a_pair_and_its_mirror_image_have_one_loss(sd3: Path, choices: Path, tmp_path: Path) -> None:
     objective, data = objective_of(tiny(sd3, choices, tmp_path / "a"))
-    batch = {**collate([data.train[i] for i in range(4)], 0), "level": 0}  # next to no noise
+    batch = {**collate([data.train[i] for i in range(4)], 0), "level": len(objective.table) - 1}  # next to no noise
     mirror = {**batch, "first": batch["second"], "second": batch["first"]}
     a, b = objective(batch)["scores"], objective(mirror)["scores"]
     assert torch.allclose(a[:, 0] - a[:, 1], b[:, 1] - b[:, 0], atol=0.05)

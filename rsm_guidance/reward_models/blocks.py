@@ -3,6 +3,7 @@
 from typing import Any, Literal
 
 import torch
+from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 
 from rsm_guidance.core.contracts import UsageError
@@ -87,6 +88,60 @@ def plane_of(denoiser: nn.Module, tap: str, output: Any, arguments: dict[str, An
     return tokens.transpose(1, 2).unflatten(2, grid)
 
 
+def text_of(denoiser: nn.Module, tap: str, output: Any) -> Tensor:
+    """The text tokens [B, T, C] of a joint block's output."""
+    text = output[1 if type(denoiser).__name__ in _IMAGE_BEFORE_TEXT else 0] if isinstance(output, tuple) else None
+    if not isinstance(text, Tensor):
+        raise UsageError(f"{tap} of {type(denoiser).__name__} puts out no text tokens; leave it out of text_taps")
+    return text
+
+
+def has_text(denoiser: nn.Module, tap: str) -> bool:
+    """Whether a block puts out text tokens beside those of the image."""
+    return any(name.endswith("to_add_out") for name, _ in denoiser.get_submodule(tap).named_modules())
+
+
+def output_plane(output: Any, grid: Grid) -> Tensor:
+    """A denoiser's output as a plane [B, C, rows, columns]; of packed latents, of packed size.
+
+    Frames stand one below the other.
+    """
+    found = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+    plane: Tensor = torch.stack(list(found)) if isinstance(found, list) else found
+    if plane.ndim == 3:
+        return plane[:, : grid[0] * grid[1]].transpose(1, 2).unflatten(2, grid)
+    return plane.flatten(2, 3) if plane.ndim == 5 else plane
+
+
+def output_width(denoiser: Any) -> int:
+    """Channels of a denoiser's output; of packed latents, which have the square of the patch size as many, packed."""
+    config = denoiser.config
+    width, patch = int(config.get("out_channels") or config.in_channels), config.get("patch_size")
+    packed = isinstance(patch, int) and config.in_channels == width * patch**2
+    return int(config.in_channels) if packed else width
+
+
+def embedding_of(denoiser: nn.Module) -> tuple[str, int]:
+    """The module whose output tells the blocks their noise level, and its channels.
+
+    SD3 and its kin add the pooled prompt in `time_text_embed`; of others it is the embedding of the timestep.
+
+    Raises:
+        UsageError: for a denoiser without one.
+    """
+    joint = "time_text_embed"
+    for name, module in denoiser.named_modules():
+        if isinstance(module, TimestepEmbedding):
+            return joint if name.startswith(joint) else name, int(module.linear_2.out_features)
+        if name == "t_embedder":
+            linears = [m for m in module.modules() if isinstance(m, nn.Linear)]
+            return name, int(linears[-1].out_features)
+    raise UsageError(
+        f"the head 'query' reads the embedding of the noise level, and {type(denoiser).__name__} has none of the usual "
+        "kind; use another head"
+    )
+
+
 def width_of(denoiser: Any, tap: str) -> int:
     """Channels of a block's features."""
     config = denoiser.config
@@ -97,24 +152,6 @@ def width_of(denoiser: Any, tap: str) -> int:
         if name in config:
             return int(config[name])
     return int(config.num_attention_heads * config.attention_head_dim)
-
-
-def prediction_width(denoiser: Any) -> int:
-    """Channels of what a denoiser predicts; of packed latents, those of a token."""
-    config, last = denoiser.config, getattr(denoiser, "proj_out", None)
-    if isinstance(last, nn.Linear) and last.out_features == config.get("in_channels"):
-        return last.out_features
-    return int(config.get("out_channels") or config["in_channels"])
-
-
-def prediction_plane(predicted: Any, grid: Grid) -> Tensor:
-    """What a denoiser predicts as [B, C, rows, columns], from latents of any layout; frames stand one below the other."""
-    if isinstance(predicted, list | tuple):
-        predicted = torch.stack(list(predicted))
-    tensor: Tensor = predicted
-    if tensor.ndim == 3:
-        return tensor[:, : grid[0] * grid[1]].transpose(1, 2).unflatten(2, grid)
-    return tensor.flatten(2, -2) if tensor.ndim == 5 else tensor
 
 
 def cost_of(denoiser: Any, names: list[str]) -> float:

@@ -33,7 +33,8 @@ _BLANK_WORDS = ("Img2Img", "Inpaint", "Fill", "ControlNet", "ImageEdit")
 class Conditioning:
     """The denoiser's arguments for prompts, each recorded once."""
 
-    def __init__(self, pipe: DiffusionPipeline) -> None:
+    def __init__(self, pipe: DiffusionPipeline, max_sequence_length: int = 0) -> None:
+        self._max_sequence_length = max_sequence_length
         self._pipes = [p for p in (_sibling(pipe), pipe) if p is not None]
         self._recorded: dict[tuple[Any, ...], Replay] = {}
         self._bytes = 0
@@ -104,7 +105,7 @@ class Conditioning:
         found: tuple[int, ...] = ()
         for pipe in self._pipes:
             for guidance in _unguided(pipe):
-                call = _call(pipe, prompts, shape, grid) | guidance
+                call = _call(pipe, prompts, shape, grid, self._max_sequence_length) | guidance
                 with closing(PipelineDenoiser(pipe, call)) as denoiser:
                     found = tuple(denoiser.initial().shape[1:])
                     if found != shape:
@@ -154,7 +155,9 @@ def _unguided(pipe: DiffusionPipeline) -> list[dict[str, Any]]:
     return [{"guidance_scale": 1.0}, {"guidance_scale": 0.0}]
 
 
-def _call(pipe: DiffusionPipeline, prompts: list[str], shape: tuple[int, ...], grid: Grid) -> dict[str, Any]:
+def _call(
+    pipe: DiffusionPipeline, prompts: list[str], shape: tuple[int, ...], grid: Grid, max_sequence_length: int
+) -> dict[str, Any]:
     """A call of two steps for prompts and latents of a shape, the least that shows how the denoiser is told its level."""
     parameters = inspect.signature(stock_call_of(type(pipe))).parameters
     height, width = _pixels(pipe, shape, grid)
@@ -169,6 +172,8 @@ def _call(pipe: DiffusionPipeline, prompts: list[str], shape: tuple[int, ...], g
         "mask_image": Image.new("L", (width, height), 255),
         "generator": torch.Generator().manual_seed(0),
     }
+    if max_sequence_length:
+        settings["max_sequence_length"] = max_sequence_length
     if len(shape) == 4:
         settings["num_frames"] = 1 + (shape[1] - 1) * pipe.vae_scale_factor_temporal
     if any(word in type(pipe).__name__ for word in _BLANK_WORDS):

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from rsm_guidance.reward_models.backbone import denoiser_of, is_backbone, load_backbone
-from rsm_guidance.reward_models.checkpoint import WEIGHTS, checkpoint_folder, read_config
+from rsm_guidance.reward_models.checkpoint import backbone_of, checkpoint_folder
 from rsm_guidance.reward_models.model import DiffusionRewardModel
 
 _LOADED = "_rsm_reward_models"
@@ -29,14 +29,14 @@ def load_reward_model(folder_or_id: str, pipe: Any = None) -> DiffusionRewardMod
     loaded: dict[Any, tuple[Any, DiffusionRewardModel]] = vars(pipe).setdefault(_LOADED, {})
     denoiser, model = loaded.get(key, (None, None))
     if model is None or denoiser is not denoiser_of(pipe):
-        name = read_config(folder).backbone
+        name = backbone_of(folder)
         shared = pipe if is_backbone(pipe, name) else load_backbone(name, pipe.device)
         model = DiffusionRewardModel.from_pretrained(folder, pipe=shared)
         loaded[key] = (denoiser_of(pipe), model)
     return model.to(pipe.device)
 
 
-def _identity(folder: Path) -> tuple[str, int]:
+def _identity(folder: Path) -> tuple[object, ...]:
     """What tells a checkpoint from others and from its own earlier versions."""
-    weights = folder / WEIGHTS
-    return str(folder.resolve()), weights.stat().st_mtime_ns if weights.exists() else 0
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return str(folder.resolve()), *(path.stat().st_mtime_ns for path in files)

@@ -7,6 +7,7 @@ within one prompt and noise level.
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -21,40 +22,28 @@ from rsm_guidance.core.schedule import NoiseSchedule
 from rsm_guidance.engine import encode_images
 from rsm_guidance.engine.memory import MicroBatch, cast_weights_kept
 from rsm_guidance.io.names import model_name
+from rsm_guidance.reward_models.adaptation import adapt
 from rsm_guidance.reward_models.backbone import denoiser_of, load_backbone
 from rsm_guidance.reward_models.blocks import Grid, block_names, token_grid
-from rsm_guidance.reward_models.checkpoint import CARD, checkpoint_folder, read_config, read_tensors, write_checkpoint
+from rsm_guidance.reward_models.calls import cast, check_call, graph_for
+from rsm_guidance.reward_models.checkpoint import (
+    CARD,
+    checkpoint_folder,
+    copy_tensors,
+    read_checkpoint,
+    write_checkpoint,
+)
 from rsm_guidance.reward_models.conditioning import Conditioning
-from rsm_guidance.reward_models.config import Adaptation, DRMConfig, HeadName
-from rsm_guidance.reward_models.heads import HEADS
-from rsm_guidance.reward_models.outputs import OutputKind, mean_of, width_of
-from rsm_guidance.reward_models.trunk import Trunk
+from rsm_guidance.reward_models.config import Adaptation, DRMConfig, HeadName, OutputName
+from rsm_guidance.reward_models.ensemble import NoiseEnsemble, shown
+from rsm_guidance.reward_models.heads import HEADS, Head
+from rsm_guidance.reward_models.levels import level_table
+from rsm_guidance.reward_models.outputs import OUTPUTS, RewardOutput, joined, mixture, normalised
+from rsm_guidance.reward_models.scorer import LatentScorer
+from rsm_guidance.reward_models.trunk import Trunk, widths_of
 from rsm_guidance.reward_models.value import DRMValue
 
-_LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 _SCORE_BATCH = 256
-
-
-class LatentScorer(nn.Module):
-    """Trunk and head of a DRM: the module that is trained, and that DDP wraps.
-
-    Parameters that the last tap does not depend on get no gradient (the text stream of a last joint block, say), so DDP needs
-    `find_unused_parameters=True` where the trunk is trained whole.
-    """
-
-    def __init__(self, trunk: Trunk, head: nn.Module) -> None:
-        super().__init__()
-        self.trunk, self.head = trunk, head
-
-    def features(self, arguments: dict[str, Any], grid: Grid) -> tuple[Tensor, Grid]:
-        """What the head reads: float32 tokens [B, rows * columns, dim], and their rows and columns."""
-        tokens, grid = self.trunk(arguments, grid)
-        return tokens.float(), grid
-
-    def forward(self, arguments: dict[str, Any], grid: Grid) -> Tensor:
-        """The head's outputs [B, N] from what `DiffusionRewardModel.inputs` returns."""
-        outputs: Tensor = self.head(*self.features(arguments, grid))
-        return outputs
 
 
 class DiffusionRewardModel(
@@ -81,20 +70,11 @@ class DiffusionRewardModel(
         super().__init__()
         self.drm_config = drm_config
         self._pipe = (pipe,)  # in a tuple, so that it is no submodule and no parameter of ours
-        head, outputs = HEADS[drm_config.head], width_of(drm_config.output, drm_config.grades)
-        trunk = Trunk(
-            pipe,
-            drm_config.blocks,
-            drm_config.taps,
-            drm_config.adaptation == "frozen",
-            bool(getattr(head, "reads_prediction", False)),
-        )
-        if drm_config.adaptation == "lora":
-            _add_lora(trunk, drm_config.lora_rank)
-        if drm_config.adaptation == "last-blocks":
-            trunk.tune(drm_config.tuned_blocks)
-        self.scorer = LatentScorer(trunk, head(trunk.dim, drm_config.head_width, outputs).to(pipe.device))
-        self._conditioning = Conditioning(pipe)
+        trunk = Trunk(pipe, drm_config)
+        adapt(trunk, drm_config)
+        self.scorer = LatentScorer(trunk, HEADS[drm_config.head](trunk.widths, drm_config).to(pipe.device))
+        self._tuned = [name for name, tensor in trunk.named_parameters() if tensor.requires_grad]
+        self._conditioning = Conditioning(pipe, drm_config.max_sequence_length)
         self._scoring = MicroBatch(_SCORE_BATCH)
         self.eval()
 
@@ -107,12 +87,11 @@ class DiffusionRewardModel(
         taps: tuple[str, ...] = (),
         adaptation: Adaptation = "full",
         lora_rank: int = 16,
-        head_width: int = 64,
-        head: HeadName = "conv",
-        output: OutputKind = "scalar",
-        grades: int = 9,
-        tuned_blocks: int = 1,
+        head_width: int | None = None,
         backbone: str | None = None,
+        head: HeadName = "conv",
+        output: OutputName = "scalar",
+        **settings: Any,
     ) -> Self:
         """An untrained DRM over a pipeline's denoiser.
 
@@ -124,16 +103,24 @@ class DiffusionRewardModel(
                 default the last one kept.
             adaptation: what is trained and saved besides the head.
             lora_rank: rank of the LoRA, where there is one.
-            head_width: width of the reward head.
-            head, output, grades, tuned_blocks: as in `DRMConfig`.
+            head_width: width of the reward head; default the head's own.
             backbone: name written into the checkpoint; default the id the pipeline was loaded from.
+            head, output: names in `heads.HEADS` and `outputs.OUTPUTS`.
+            settings: further fields of `DRMConfig`.
         """
-        names = block_names(denoiser_of(pipe))
-        if blocks is None:
-            blocks = 1 + max(map(names.index, taps)) if taps and set(taps) <= set(names) else round(len(names) * 7 / 8)
+        fields = DRMConfig.__dataclass_fields__
+        if unknown := sorted(settings.keys() - fields.keys()):
+            raise UsageError(f"a reward model has no setting {unknown[0]!r}; it has {', '.join(fields)}")
+        read = (*taps, *settings.get("text_taps", ()))
         name = backbone or model_name(str(pipe.config.get("_name_or_path") or ""))
-        parts = {"head": head, "output": output, "grades": grades, "tuned_blocks": tuned_blocks}
-        return cls(pipe, DRMConfig(name, blocks, adaptation, lora_rank, head_width, tuple(taps), **parts))  # type: ignore[arg-type]
+        config = DRMConfig(
+            name, _default_blocks(denoiser_of(pipe), read, head) if blocks is None else blocks, adaptation, lora_rank,
+            64 if head_width is None else head_width, tuple(taps), head, output,
+            **{"denoiser": type(denoiser_of(pipe)).__name__, **settings},
+        )  # fmt: skip
+        if head_width is None:
+            config = replace(config, head_width=HEADS[head].default_width(widths_of(denoiser_of(pipe), config)))
+        return cls(pipe, config)
 
     # --- a reward of images, and a source of values ---
 
@@ -143,7 +130,12 @@ class DiffusionRewardModel(
 
     @property
     def share(self) -> float:
-        """Cost of scoring one latent, as a share of one denoiser evaluation."""
+        """Cost of scoring an image, in denoiser evaluations: that of a latent, for every noise that it is scored under."""
+        return self.latent_share * max(1, len(self.drm_config.image_levels) * self.drm_config.image_draws)
+
+    @property
+    def latent_share(self) -> float:
+        """Cost of scoring one noisy latent, as a share of one denoiser evaluation."""
         return self.trunk.depth_share
 
     def forward(self, images: Tensor, prompts: list[str], **columns: list[Any]) -> Tensor:
@@ -167,7 +159,7 @@ class DiffusionRewardModel(
         return self.scorer.trunk
 
     @property
-    def head(self) -> nn.Module:
+    def head(self) -> Head:
         """The head that reads the trunk's features."""
         return self.scorer.head
 
@@ -193,8 +185,7 @@ class DiffusionRewardModel(
         self, latents: Tensor, timestep: float | Tensor, prompts: list[str], grid: Grid | None = None
     ) -> tuple[dict[str, Any], Grid]:
         """What `scorer` takes: the denoiser's arguments, and rows and columns of its image tokens.  Arguments as in `score`."""
-        if len(latents) != len(prompts):
-            raise UsageError(f"{len(prompts)} prompts need {len(prompts)} latents; got {list(latents.shape)}")
+        check_call(latents, prompts, "latents")
         device = next(self.head.parameters()).device
         times = torch.as_tensor(timestep, dtype=torch.float32, device=device).expand(len(latents))
         if not bool(((times >= 0) & (times <= 1000)).all()):
@@ -202,16 +193,38 @@ class DiffusionRewardModel(
         grid = grid or self.grid(latents)
         arguments = self._conditioning.arguments(latents.to(device), times, prompts, grid)
         recorded: torch.dtype = denoiser_of(self.pipe).dtype
-        return (arguments if recorded == self.trunk_dtype else _cast(arguments, recorded, self.trunk_dtype)), grid
+        return (arguments if recorded == self.trunk_dtype else cast(arguments, recorded, self.trunk_dtype)), grid
 
     def features(
         self, latents: Tensor, timestep: float | Tensor, prompts: list[str], grid: Grid | None = None
     ) -> tuple[Tensor, Grid]:
-        """What the head reads: tokens [B, rows * columns, dim], their rows and columns.  Arguments as in `score`."""
-        return self.scorer.features(*self.inputs(latents, timestep, prompts, grid))
+        """Image tokens [B, rows * columns, dim] that the head reads, their rows and columns.  Arguments as in `score`."""
+        read = self.scorer.read(*self.inputs(latents, timestep, prompts, grid))
+        return read.tokens, read.grid
+
+    def read(self, raw: Tensor) -> RewardOutput:
+        """What the scorer's numbers mean, on the scale that is trained: scores before `score_mean` and `score_std`."""
+        return OUTPUTS[self.drm_config.output](raw, self.drm_config.ratings)
+
+    def judge(
+        self, latents: Tensor, timestep: float | Tensor, prompts: list[str], grid: Grid | None = None
+    ) -> RewardOutput:
+        """Scores with their variance or distribution, where the model gives one; arguments as in `score`."""
+        check_call(latents, prompts, "latents")
+        times = torch.as_tensor(timestep, dtype=torch.float32).expand(len(latents))
+
+        def scored(piece: slice) -> Tensor:
+            raw: Tensor = self.scorer(*self.inputs(latents[piece], times[piece], prompts[piece], grid))
+            return raw
+
+        with graph_for(latents), cast_weights_kept([self.trunk]):
+            raw = torch.cat(self._scoring(scored, len(latents)))
+        return normalised(self.read(raw), self.drm_config.score_mean, self.drm_config.score_std)
 
     def score(self, latents: Tensor, timestep: float | Tensor, prompts: list[str], grid: Grid | None = None) -> Tensor:
         """Scores [B] of noisy latents; differentiable with respect to them.
+
+        Where the latents need no gradient no graph is kept: to train, call `scorer`.
 
         Args:
             latents: [B, C, H, W], or packed [B, S, C] for families that pack them, in the scale of the denoiser's input
@@ -222,34 +235,66 @@ class DiffusionRewardModel(
 
         Raises:
             UsageError: for latents of another family, timesteps out of range, or unequal numbers.
+            TypeError: for arguments of other kinds, such as latents and prompts the wrong way round.
         """
-        if len(latents) != len(prompts):
-            raise UsageError(f"{len(prompts)} prompts need {len(prompts)} latents; got {list(latents.shape)}")
-        times = torch.as_tensor(timestep, dtype=torch.float32).expand(len(latents))
-
-        def scored(piece: slice) -> Tensor:
-            outputs: Tensor = self.scorer(*self.inputs(latents[piece], times[piece], prompts[piece], grid))
-            means = mean_of(outputs, self.drm_config.output)
-            return (means - self.drm_config.score_mean) / self.drm_config.score_deviation
-
-        with cast_weights_kept([self.trunk]):
-            return torch.cat(self._scoring(scored, len(latents)))
+        return self.judge(latents, timestep, prompts, grid).mean
 
     def score_at_level(
         self, latents: Tensor, level: int, prompts: list[str], schedule: NoiseSchedule, grid: Grid | None = None
     ) -> Tensor:
-        """Scores [B] of latents as a sampler has them, at a level 0..N of its schedule; otherwise as `score`."""
+        """Scores [B] of latents as a sampler has them, at a level 0..N of its schedule; otherwise as `score`.
+
+        Clean ones are scored under one noise of the first of the `image_levels`, where there are any.
+        """
+        alpha, sigma = schedule.coefficients(level)
         if not schedule.is_flow:  # exploding levels are shown to the denoiser at the size of preserving ones
-            latents = latents / math.hypot(*schedule.coefficients(level))
+            latents = latents / math.hypot(alpha, sigma)
+        if sigma == 0 and self.drm_config.image_levels:
+            return self.judge_clean(latents, prompts, grid, NoiseEnsemble(self.drm_config.image_levels[:1])).mean
         return self.score(latents, float(schedule.timesteps[level]), prompts, grid)
 
-    def score_images(self, images: Tensor, prompts: list[str], timestep: float = 0.0) -> Tensor:
-        """Scores [B] of images [B, 3, H, W] in [0, 1], encoded and scored as clean latents; differentiable."""
+    def judge_clean(
+        self, latents: Tensor, prompts: list[str], grid: Grid | None = None, noise: NoiseEnsemble | None = None
+    ) -> RewardOutput:
+        """Clean latents, noised to some levels and judged there, together.
+
+        The head "query" reads the tokens of all levels at once, as DiNa-LRM does; of other heads it is the mixture of what
+        they say at each.  All latents get the same noises, so that a score depends on no other latent of the batch.
+
+        Args:
+            latents: [B, ...], clean; prompts, grid: as in `score`.
+            noise: levels, draws and seed; default `image_levels` and `image_draws`.
+        """
+        check_call(latents, prompts, "latents")
+        noise = NoiseEnsemble(self.drm_config.image_levels, self.drm_config.image_draws) if noise is None else noise
+        if not noise.levels:
+            return self.judge(latents, 0.0, prompts, grid)
+        table = level_table(self.pipe.scheduler)
+        noises = noise.noises(latents.shape[1:], table)
+
+        def judged(piece: slice) -> RewardOutput:
+            x, words = latents[piece], prompts[piece]
+            inputs = [self.inputs(y, timestep, words, grid) for y, timestep in shown(x, noises, table)]
+            return mixture([self.read(raw) for raw in self.scorer.together(inputs)])
+
+        with graph_for(latents), cast_weights_kept([self.trunk]):
+            parts = self._scoring(judged, len(latents))
+        return normalised(joined(parts), self.drm_config.score_mean, self.drm_config.score_std)
+
+    def score_images(self, images: Tensor, prompts: list[str], timestep: float | None = None) -> Tensor:
+        """Scores [B] of images [B, 3, H, W] in [0, 1]; differentiable.
+
+        They are encoded and scored as clean latents, at `image_levels` where the model has them; with a `timestep` as
+        they are, under that timestep.
+        """
+        check_call(images, prompts, "images")
         latents = encode_images(self.pipe, images)
         grid = None
         if latents.ndim == 3:
             patch = 2 * self.pipe.vae_scale_factor
             grid = images.shape[-2] // patch, images.shape[-1] // patch
+        if timestep is None:
+            return self.judge_clean(latents, prompts, grid).mean
         return self.score(latents, timestep, prompts, grid)
 
     def grid(self, latents: Tensor) -> Grid:
@@ -266,14 +311,11 @@ class DiffusionRewardModel(
 
     def own_tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds: the head, and whatever of the trunk was trained; never the named backbone."""
-        saved = {f"head.{k}": v for k, v in self.head.state_dict().items()}
-        if self.drm_config.adaptation == "full":
-            saved |= {f"trunk.{k}": v for k, v in self.trunk.named_parameters()}
-        elif self.drm_config.adaptation == "lora":
-            saved |= {f"trunk.{k}": v for k, v in self.trunk.named_parameters() if "lora_" in k}
-        elif self.drm_config.adaptation == "last-blocks":
-            saved |= {f"trunk.{k}": v for k, v in self.trunk.tuned(self.drm_config.tuned_blocks)}
-        return saved
+        saved = {
+            f"head.{k}": v for k, v in self.head.state_dict().items()
+        }  # first: under FSDP it frees whole parameters
+        trunk = dict(self.trunk.named_parameters())
+        return saved | {f"trunk.{k}": trunk[k] for k in self._tuned}
 
     def _save_pretrained(self, save_directory: Path) -> None:
         write_checkpoint(save_directory, self.drm_config, self.own_tensors())
@@ -310,34 +352,27 @@ class DiffusionRewardModel(
             pretrained_model_name_or_path, revision=revision, cache_dir=cache_dir, force_download=force_download,
             local_files_only=local_files_only, token=token,
         )  # fmt: skip
-        config, tensors = read_config(folder), read_tensors(folder)
-        backbone = pipe if pipe is not None else load_backbone(config.backbone)
+        config, tensors = read_checkpoint(folder)
+        pipe = load_backbone(config.backbone) if pipe is None else pipe
+        found = type(denoiser_of(pipe)).__name__
+        if config.denoiser and config.denoiser != found:
+            raise UsageError(
+                f"the reward model in {folder} was made for the {config.denoiser} of {config.backbone!r}, and the pipeline has "
+                f"a {found}: load it with a pipeline of its own backbone"
+            )
         try:
-            drm = cls(backbone, config)
+            drm = cls(pipe, config)
         except RuntimeError as error:  # of torch: sizes that no memory holds
             raise UsageError(f"the reward model that {folder} describes cannot be built: {error}") from error
-        own = drm.own_tensors()
-        if own.keys() != tensors.keys() or any(own[k].shape != tensors[k].shape for k in own):
-            raise UsageError(
-                f"the weights in {folder} do not fit a {config.adaptation} reward model on {config.backbone!r}"
-            )
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(tensors[name])
+        copy_tensors(
+            tensors, drm.own_tensors(), f"{folder} do not fit a {config.adaptation} reward model on {config.backbone!r}"
+        )
         return drm
 
 
-def _add_lora(trunk: Trunk, rank: int) -> None:
-    from peft import LoraConfig, inject_adapter_in_model  # takes seconds to import
-
-    trunk.requires_grad_(False)
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=_LORA_TARGETS), trunk)
-
-
-def _cast(value: Any, old: torch.dtype, new: torch.dtype) -> Any:
-    """Arguments of a denoiser of one dtype for a copy of it in another."""
-    if isinstance(value, Tensor):
-        return value.to(new) if value.dtype == old else value
-    if isinstance(value, dict):
-        return {k: _cast(v, old, new) for k, v in value.items()}
-    return type(value)(_cast(v, old, new) for v in value) if isinstance(value, list | tuple) else value
+def _default_blocks(denoiser: nn.Module, read: tuple[str, ...], head: str) -> int:
+    names = block_names(denoiser)
+    if read and set(read) <= set(names):
+        return 1 + max(map(names.index, read))
+    whole = HEADS[head].reads_output and "up_blocks.0" in names if head in HEADS else False
+    return len(names) if whole else round(len(names) * 7 / 8)

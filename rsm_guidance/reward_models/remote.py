@@ -46,8 +46,13 @@ class RemoteDRM:
 
     @property
     def share(self) -> float:
-        """Cost of scoring a latent in denoiser evaluations, as the server has it."""
+        """Cost of scoring an image in denoiser evaluations, as the server has it."""
         return float(self.client.facts.get("share", 0.0))
+
+    @property
+    def latent_share(self) -> float:
+        """Cost of scoring a noisy latent in denoiser evaluations, as the server has it."""
+        return float(self.client.facts.get("latent_share", 0.0))
 
     def value(self, denoiser: Denoiser, reward: Any, streams: Any) -> DRMValue:
         """The value of a denoiser's latents: their own scores, whatever `reward` and `streams` are."""

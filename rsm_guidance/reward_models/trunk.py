@@ -16,114 +16,149 @@ from rsm_guidance.reward_models.blocks import (
     block_lists,
     block_names,
     cost_of,
+    embedding_of,
+    has_text,
+    output_plane,
+    output_width,
     plane_of,
-    prediction_plane,
-    prediction_width,
+    text_of,
     width_of,
 )
+from rsm_guidance.reward_models.config import DRMConfig
+from rsm_guidance.reward_models.heads import HEADS, Features, Widths
 
 
 class Trunk(nn.Module):
-    """A denoiser that ends at its last tapped block: noisy latents to visual features.
+    """A denoiser that ends at its last tapped block: noisy latents to what the reward head reads.
 
     The denoiser's own forward pass runs over a shell of it: the same modules, but lists of blocks that end early, and outputs
-    that compute nothing.  No pass is broken off, so that `torch.compile`, FSDP and hooks see whole ones.
+    that compute nothing (unless the head reads them).  No pass is broken off, so that `torch.compile`, FSDP and hooks see
+    whole ones.
 
     Args:
         pipe: the pipeline whose denoiser to cut.
-        blocks: how many of its blocks to keep, from the input.
-        taps: names of the blocks to read ("mid_block", "up_blocks.1", "transformer_blocks.5"); default the last kept.
-        share: use the denoiser's own modules (for a frozen backbone) instead of a copy of what is kept.
-        predicts: read what the output layers make of the last kept block, instead of blocks.
+        config: which blocks to keep and to read, for which head; a frozen trunk uses the denoiser's own modules, any other
+            a copy of what is kept.
 
     Attributes:
-        taps: names of the blocks that are read.
-        dim: channels of the features, of all taps together.
+        taps: names of the blocks that are read; empty where the denoiser's output is.
+        widths: channels of what is read.
         depth_share: cost of a pass, as a share of one denoiser evaluation.
     """
 
-    def __init__(
-        self, pipe: DiffusionPipeline, blocks: int, taps: tuple[str, ...], share: bool, predicts: bool = False
-    ) -> None:
+    def __init__(self, pipe: DiffusionPipeline, config: DRMConfig) -> None:
         super().__init__()
-        denoiser = denoiser_of(pipe)
+        denoiser, head = denoiser_of(pipe), HEADS[config.head]
         names = block_names(denoiser)
-        if not 1 <= blocks <= len(names):
-            raise UsageError(f"blocks must be between 1 and {len(names)}, the denoiser's depth; got {blocks}")
-        kept = names[:blocks]
-        unknown = [t for t in taps if t not in kept]
-        if unknown:
-            raise UsageError(f"cannot read {unknown[0]!r}; the kept blocks are {', '.join(kept)}")
-        self.taps = taps or (kept[-1],)
-        if any(t.startswith("down_blocks") for t in self.taps):
-            raise UsageError(
-                "of a UNet only the middle and upper blocks can be read: keep more blocks, or name other taps"
-            )
-        self._kept = kept[: 1 + max(kept.index(tap) for tap in self.taps)] if share else kept
+        kept = _kept_blocks(denoiser, names, config)
+        self._outputs, share = head.reads_output, config.adaptation == "frozen"
+        self.taps = () if self._outputs else config.taps or (kept[-1],)
+        self.text_taps = config.text_taps
+        self._embedding = embedding_of(denoiser)[0] if head.reads_embedding else ""
+        read = [kept.index(tap) for tap in (*self.taps, *self.text_taps)]
+        self._kept = kept[: 1 + max(read)] if share and read else kept
         self.depth_share = cost_of(denoiser, kept) / cost_of(denoiser, names)
-        self._predicts = predicts
-        if predicts and "block_out_channels" in denoiser.config and blocks < len(names):
-            raise UsageError(f"the output layers of a UNet read all of its blocks: keep all {len(names)}; got {blocks}")
-        self.dim = prediction_width(denoiser) if predicts else sum(width_of(denoiser, tap) for tap in self.taps)
+        self.widths = widths_of(denoiser, config)
         self._shared = (denoiser,) if share else None  # in a tuple, so that its parameters are not ours
         if not share:
-            self.denoiser = copy.deepcopy(_shell(denoiser, kept, predicts)).requires_grad_(True)
+            self.denoiser = copy.deepcopy(_shell(denoiser, kept, self._outputs)).requires_grad_(True)
 
     @property
     def module(self) -> Any:
         """The denoiser that is run: a copy of the kept part, or the pipeline's own."""
         return self.denoiser if self._shared is None else self._shared[0]
 
-    def forward(self, arguments: dict[str, Any], grid: Grid) -> tuple[Tensor, Grid]:
-        """Features of a batch.
+    @property
+    def dim(self) -> int:
+        """Channels of the image tokens, of all taps together."""
+        return self.widths.dim
+
+    def last_blocks(self, count: int) -> list[nn.Module]:
+        """The last blocks kept, and what comes after them."""
+        if count > len(self._kept):
+            raise UsageError(f"tuned_blocks is {count}, of {len(self._kept)} blocks kept")
+        after = [getattr(self.module, name, None) for name in OUTPUTS] if self._outputs else []
+        return [self.module.get_submodule(name) for name in self._kept[-count:]] + [m for m in after if m is not None]
+
+    def forward(self, arguments: dict[str, Any], grid: Grid) -> Features:
+        """What the head reads of a batch.
 
         Args:
             arguments: what the denoiser is called with, by name.
             grid: rows and columns of the image tokens.
-
-        Returns:
-            Visual tokens [B, rows * columns, dim], and their rows and columns.
         """
+        if self._shared is not None and not _need_gradient(arguments):
+            with torch.no_grad():  # nothing below the head learns
+                return self._read(arguments, grid)
+        return self._read(arguments, grid)
+
+    def _read(self, arguments: dict[str, Any], grid: Grid) -> Features:
         module = self.module
         # A shared denoiser may have been changed since (LoRA, checkpointing), so its shell is made of what it is now.
-        shell = module if self._shared is None else _shell(module, self._kept, self._predicts)
-        seen: dict[str, Tensor] = {}
-        handles = [shell.get_submodule(tap).register_forward_hook(_Reader(seen, tap)) for tap in self.taps]
+        shell = module if self._shared is None else _shell(module, self._kept, self._outputs)
+        seen: dict[str, Any] = {}
+        read = dict.fromkeys((*self.taps, *self.text_taps, *([self._embedding] if self._embedding else [])))
+        handles = [shell.get_submodule(name).register_forward_hook(_Reader(seen, name)) for name in read]
         hook = getattr(module, "_hf_hook", None) if self._shared is not None else None
         try:
             if hook is not None:  # offloading: brings the weights, which are the shell's, too
                 _, arguments = hook.pre_forward(module, **arguments)
-            predicted = shell(**{**arguments, "return_dict": False})[0]
+            output = shell(**arguments)
             if hook is not None:
                 hook.post_forward(module, None)
         finally:
             for handle in handles:
                 handle.remove()
-        if self._predicts:
-            plane = prediction_plane(predicted, grid)
-            return plane.flatten(2).transpose(1, 2), (plane.shape[-2], plane.shape[-1])
-        read = [plane_of(module, tap, seen[tap], arguments, grid) for tap in self.taps]
-        rows, columns = read[0].shape[-2:]
-        planes = [p if p.shape[-2:] == (rows, columns) else F.adaptive_avg_pool2d(p, (rows, columns)) for p in read]
-        features = planes[0] if len(planes) == 1 else torch.cat(planes, 1)
-        return features.flatten(2).transpose(1, 2), (rows, columns)
+        planes = [plane_of(module, tap, seen[tap], arguments, grid) for tap in self.taps]
+        tokens, grid = _tokens(planes or [output_plane(output, grid)])
+        text = tuple(text_of(module, tap, seen[tap]) for tap in self.text_taps)
+        return Features(tokens, grid, text, seen[self._embedding] if self._embedding else None)
 
-    def tuned(self, blocks: int) -> list[tuple[str, nn.Parameter]]:
-        """Parameters of the last kept blocks by name.
 
-        Raises:
-            UsageError: if fewer are kept.
-        """
-        if blocks > len(self._kept):
-            raise UsageError(f"tuned_blocks must be at most the {len(self._kept)} kept ones; got {blocks}")
-        starts = tuple(f"denoiser.{name}." for name in self._kept[-blocks:])
-        return [(name, p) for name, p in self.named_parameters() if name.startswith(starts)]
+def widths_of(denoiser: Any, config: DRMConfig) -> Widths:
+    """Channels of what a head reads of a denoiser."""
+    head, kept = HEADS[config.head], _kept_blocks(denoiser, block_names(denoiser), config)
+    taps = config.taps or (kept[-1],)
+    image = (output_width(denoiser),) if head.reads_output else tuple(width_of(denoiser, tap) for tap in taps)
+    text = tuple(width_of(denoiser, tap) for tap in config.text_taps)
+    return Widths(image, text, embedding_of(denoiser)[1] if head.reads_embedding else 0)
 
-    def tune(self, blocks: int) -> None:
-        """Let only the last kept blocks be trained."""
-        self.requires_grad_(False)
-        for _, parameter in self.tuned(blocks):
-            parameter.requires_grad_(True)
+
+def _kept_blocks(denoiser: nn.Module, names: list[str], config: DRMConfig) -> list[str]:
+    """Names of the blocks kept, after checks that the denoiser has what the configuration reads."""
+    if not 1 <= config.blocks <= len(names):
+        raise UsageError(f"blocks must be between 1 and {len(names)}, the denoiser's depth; got {config.blocks}")
+    kept = names[: config.blocks]
+    unknown = [t for t in (*config.taps, *config.text_taps) if t not in kept]
+    if unknown:
+        raise UsageError(f"cannot read {unknown[0]!r}; the kept blocks are {', '.join(kept)}")
+    if not HEADS[config.head].reads_output and any(t.startswith("down_blocks") for t in config.taps or kept[-1:]):
+        raise UsageError("of a UNet only the middle and upper blocks can be read: keep more blocks, or name other taps")
+    silent = [t for t in config.text_taps if not has_text(denoiser, t)]
+    if silent:
+        raise UsageError(f"{silent[0]} of {type(denoiser).__name__} puts out no text tokens; leave it out of text_taps")
+    if HEADS[config.head].reads_output and "up_blocks.0" in names and len(kept) < len(names):
+        raise UsageError(
+            f"the head {config.head!r} reads the denoiser's output, which a UNet has after its last block only: keep all "
+            f"{len(names)} blocks, or take another head"
+        )
+    return kept
+
+
+def _tokens(planes: list[Tensor]) -> tuple[Tensor, Grid]:
+    """Planes [B, C, ...] as tokens [B, rows * columns, sum of C] on the grid of the first."""
+    rows, columns = planes[0].shape[-2:]
+    planes = [p if p.shape[-2:] == (rows, columns) else F.adaptive_avg_pool2d(p, (rows, columns)) for p in planes]
+    features = planes[0] if len(planes) == 1 else torch.cat(planes, 1)
+    return features.flatten(2).transpose(1, 2), (rows, columns)
+
+
+def _need_gradient(value: Any) -> bool:
+    """Whether a tensor of a denoiser's arguments needs a gradient."""
+    if isinstance(value, Tensor):
+        return value.requires_grad
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return any(_need_gradient(part) for part in parts)
 
 
 class _Reader:
@@ -181,8 +216,8 @@ class _NoOutput(nn.Module):
         return hidden_states.new_zeros(shape)
 
 
-def _shell(denoiser: nn.Module, kept: list[str], predicts: bool) -> nn.Module:
-    """The denoiser over the same modules, without the blocks that are not kept, and unless it `predicts` without outputs."""
+def _shell(denoiser: nn.Module, kept: list[str], outputs: bool) -> nn.Module:
+    """The denoiser over the same modules, without the blocks that are not kept, and without `outputs` unless asked for."""
     shell = copy.copy(denoiser)
     modules = dict(denoiser._modules)
     for name in block_lists(denoiser):
@@ -192,7 +227,7 @@ def _shell(denoiser: nn.Module, kept: list[str], predicts: bool) -> nn.Module:
             if name == "up_blocks":
                 ours += [_Skipped(b) for b in list(blocks)[len(ours) :]]
             modules[name] = _Lower(ours, len(blocks))
-    for name in () if predicts else OUTPUTS:
+    for name in () if outputs else OUTPUTS:
         layer = modules.get(name)
         if isinstance(layer, nn.ModuleDict):
             modules[name] = nn.ModuleDict({key: _NoOutput(part) for key, part in layer.items()})

@@ -18,7 +18,7 @@ class LatentReward(Protocol):
         ...
 
     @property
-    def share(self) -> float:
+    def latent_share(self) -> float:
         """Denoiser evaluations of scoring one latent."""
         ...
 
@@ -51,11 +51,11 @@ class DRMValue:
 
     @property
     def share(self) -> float:
-        return self.drm.share
+        return self.drm.latent_share
 
     @property
     def evaluations_per_row(self) -> float:
-        return self.drm.share
+        return self.drm.latent_share
 
     def __call__(self, x: Tensor, level: int, rows: Tensor, prediction: Prediction | None = None) -> Tensor:
         """Scores [R] of latents x [R, ...] of rows [R] at a level in 0..N."""

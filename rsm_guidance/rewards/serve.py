@@ -50,6 +50,7 @@ class Service:
             "reads_prompt": bool(getattr(self.reward, "reads_prompt", True)),
             "latents": hasattr(self.reward, "score") and hasattr(self.reward, "value"),
             "share": float(self.reward.share),
+            "latent_share": float(getattr(self.reward, "latent_share", 0.0)),
             "image_size": getattr(self.reward, "image_size", None),
         }
 

@@ -1,6 +1,7 @@
 """What `remote` rewards and `rsm-guidance serve-reward` send each other, version 1.
 
-GET  /v1/reward   -> {"protocol": 1, "name", "requires", "reads_prompt", "latents", "share", "image_size"}
+GET  /v1/reward   -> {"protocol": 1, "name", "requires", "reads_prompt", "latents", "share",
+                     "latent_share", "image_size"}
 POST /v1/score    application/json: {"prompts": [...], "images": [base64 of PNG files], "columns": {...}}
 POST /v1/score    application/octet-stream: safetensors with `latents`, and {"prompts", "timestep", "grid"} as JSON in the
                   entry `request` of its metadata

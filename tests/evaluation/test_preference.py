@@ -18,7 +18,8 @@ from rsm_guidance.evaluation.preference.figures import (
     scores_vary,
     soft_loss,
 )
-from rsm_guidance.training.reward_model.pair_losses import bradley_terry as soft_bradley_terry
+from rsm_guidance.reward_models.outputs import RewardOutput
+from rsm_guidance.training.reward_model.losses import PairLabel, soft
 from tests.training.reward_model.worlds import write_choices
 
 
@@ -40,7 +41,8 @@ def test_ties_are_counted_apart_and_equal_scores_are_half_right() -> None:
 def test_the_loss_is_that_of_training_and_0_at_best() -> None:
     margins, labels = [0.0, 1.2, -3.0, 2.0], [0.5, 1 / (1 + math.exp(-1.2)), 0.0, 1.0]
     ours = soft_loss(np.array(margins), np.array(labels))
-    theirs = soft_bradley_terry(torch.tensor(margins), torch.tensor(labels))
+    win, none = torch.tensor(labels), torch.zeros(4)
+    theirs = soft(RewardOutput(torch.tensor(margins)), RewardOutput(none), PairLabel(win, win == 0.5, none))
     assert ours == pytest.approx(theirs.numpy(), abs=1e-6)
     assert ours[:2] == pytest.approx([0, 0], abs=1e-12)
     assert ours[2] == pytest.approx(math.log1p(math.exp(-3))) and ours[3] == pytest.approx(math.log1p(math.exp(-2)))

@@ -54,7 +54,8 @@ class PreferenceData:
     """Preferences with a length and items, for a `DataLoader`; tensors are read when an item is asked for.
 
     An item is a mapping: `first` and `second` (latents), `source_latents` for edits, `probability`, `weight`, `index`
-    and `bucket` as numbers (float32, float32, int, int), `prompt` as text, and the embeddings of the prompt by their names.
+    and `bucket` as numbers (float32, float32, int, int), `scores` by dimension, `prompt` as text, and the embeddings of the
+    prompt by their names.
 
     Attributes:
         shards: files of tensors.
@@ -78,6 +79,7 @@ class PreferenceData:
             "prompt": entry.prompt,
             "probability": torch.tensor(entry.probability),
             "weight": torch.tensor(entry.weight),
+            "scores": entry.scores,
             "index": index,
             "bucket": entry.bucket,
         }

@@ -23,7 +23,7 @@ from rsm_guidance.evaluation.preference.figures import (
     scores_vary,
 )
 from rsm_guidance.reward_models import DiffusionRewardModel
-from rsm_guidance.reward_models.noise_table import NoiseTable
+from rsm_guidance.reward_models.levels import level_table
 from rsm_guidance.rewards import scored
 
 CLEAN = "images"
@@ -156,7 +156,7 @@ class _Noisy:
 
     def __init__(self, drm: DiffusionRewardModel, levels: Sequence[float], side: int | None) -> None:
         self._drm, self._levels, self._side = drm, levels, side or drm.image_size
-        self._table, self._met = NoiseTable.of(drm.pipe.scheduler), 0
+        self._table, self._met = level_table(drm.pipe.scheduler), 0
 
     @torch.no_grad()
     def __call__(self, pairs: Sequence[Decoded]) -> dict[str, np.ndarray]:
@@ -168,7 +168,7 @@ class _Noisy:
         streams = RandomStreams(0, tuple(("preference", number) for number in numbers))
         found = {}
         for level in self._levels:
-            index = self._table.nearest(level)
+            index = int(self._table.nearest(torch.tensor([level])))
             alpha, sigma, timestep = (float(t) for t in self._table.at(torch.tensor(index)))
             shape = tuple(latents.shape[1:])
             noise = streams.normals(range(len(images)), shape, [("noise", index)] * len(images)).to(latents)

@@ -1,24 +1,33 @@
-"""A reward head that averages tokens: what a linear probe sees, and DiT-Reward's over several depths (arXiv 2606.23626)."""
+"""Tokens of each tap, averaged and joined, through a small network (as DiT-Reward does, arXiv 2606.23626).
+
+There: SD3.5-Large, after blocks 15, 23, 28 and 37 of 38.  The LayerNorm, the one hidden layer and its width are ours.
+"""
 
 from torch import Tensor, nn
 
+from rsm_guidance.reward_models.config import DRMConfig
+from rsm_guidance.reward_models.heads.base import Head, Widths
 
-class PoolHead(nn.Module):
-    """Visual tokens [B, rows * columns, dim] to outputs [B, N]: the mean over tokens through an MLP of one hidden layer.
 
-    Args:
-        dim: width of the tokens, of all taps together.
-        width: of the hidden layer.
-        outputs: N.
-    """
+class PoolHead(Head):
+    """Visual tokens [B, N, dim] to [B, channels]."""
 
-    reads_prediction = False
+    def __init__(self, widths: Widths, config: DRMConfig) -> None:
+        super().__init__(widths, config)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(widths.dim),
+            nn.Linear(widths.dim, config.head_width),
+            nn.SiLU(),
+            nn.Linear(config.head_width, config.channels),
+        )
 
-    def __init__(self, dim: int, width: int, outputs: int = 1) -> None:
-        super().__init__()
-        self.score_mlp = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, width), nn.SiLU(), nn.Linear(width, outputs))
+    @staticmethod
+    def default_width(widths: Widths) -> int:
+        return 512
 
-    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Outputs [B, N]; the grid (rows, columns) does not matter."""
-        scores: Tensor = self.score_mlp(tokens.mean(1))
-        return scores
+    def forward(
+        self, tokens: Tensor, grid: tuple[int, int], text: tuple[Tensor, ...] = (), embedding: Tensor | None = None
+    ) -> Tensor:
+        """Numbers [B, channels]; where a token stands does not matter."""
+        raw: Tensor = self.mlp(tokens.mean(1))
+        return raw

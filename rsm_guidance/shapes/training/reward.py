@@ -103,6 +103,7 @@ def untrained(pipe: DiffusionPipeline, config: ShapesRewardConfig) -> DiffusionR
         lora_rank=config.lora_rank,
         head_width=config.head_width,
         backbone=config.pipeline,
+        half_precision=True,
     )
 
 

@@ -25,7 +25,7 @@ from rsm_guidance.reward_models.blocks import Grid
 from rsm_guidance.training.reward_model.config import DataConfig, RewardConfig
 
 _PROBES = ("a", "one red square and two blue circles")
-_OWN = ("first", "second", "source_latents", "prompt", "probability", "weight", "index", "bucket")
+_OWN = ("first", "second", "source_latents", "prompt", "probability", "weight", "index", "bucket", "scores")
 _PIXELS_PER_TOKEN = 2  # latents along the side of a packed token
 
 
@@ -35,6 +35,7 @@ def collate(items: list[dict[str, Any]], epoch: int) -> dict[str, Any]:
         name: torch.stack([item[name] for item in items]) for name in ("first", "second", "probability", "weight")
     }
     batch["pair"] = [int(item["index"]) for item in items]
+    batch["scores"] = [item["scores"] for item in items]
     batch["prompt"] = [item["prompt"] for item in items]
     batch["embeddings"] = [{k: v for k, v in item.items() if k not in _OWN} for item in items]
     batch["bucket"], batch["epoch"] = items[0]["bucket"], epoch

@@ -56,25 +56,40 @@ class ModelConfig:
     Attributes:
         blocks: blocks of the denoiser kept, from the input; default: up to the last tap, without taps seven eighths.
         taps: names of the blocks whose features the head reads; default: the last one kept.
+        text_taps: names of the blocks whose text tokens the head "query" reads besides.
         adaptation: what is trained besides the head.
-        lora_rank: rank of the LoRA.
+        lora_rank, lora_alpha: of the LoRA, which is scaled by lora_alpha / lora_rank; lora_alpha 0 for lora_rank.
+        lora_targets: names, or ends of names, of the layers that have a LoRA; default: those of the attention.
         tuned_blocks: blocks that are tuned with "last-blocks".
-        head: design of the reward head; see `reward_models.heads`. Its outputs are what the loss needs.
-        head_width: width of the reward head; 512 is that of the paper's.
-        grades: of an ordinal head.
+        head: design of the reward head; see `reward_models.heads`.
+        head_width: width of the reward head; default: the head's own, with "drm" the paper's 512.
+        queries, dropout: of the head "query"; "drm" has a dropout, too.
+        output: what the head says; default: what the loss needs, else a score.
+        ratings: values of the classes of an ordinal output, rising.
+        image_levels, image_draws: noise levels at which finished images are scored, and noises for each; default: as they are.
+        max_sequence_length: tokens of a prompt, where the pipeline asks; 0 for its default.
     """
 
     blocks: int | None = None
     taps: tuple[str, ...] = ()
+    text_taps: tuple[str, ...] = ()
     adaptation: Literal["frozen", "lora", "last-blocks", "full"] = "lora"
     lora_rank: int = 16
+    lora_alpha: float = 0.0
+    lora_targets: tuple[str, ...] | None = None
     tuned_blocks: int = 1
     head: Literal["conv", "drm", "query", "pool"] = "conv"
-    head_width: int = 64
-    grades: int = 9
+    head_width: int | None = None
+    queries: int = 4
+    dropout: float = 0.0
+    output: Literal["scalar", "gaussian", "ordinal"] | None = None
+    ratings: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0, 5.0)
+    image_levels: tuple[float, ...] = ()
+    image_draws: int = 1
+    max_sequence_length: int = 0
 
     def __post_init__(self) -> None:
-        _require_positive(self, "model.", "blocks", "lora_rank", "head_width", "tuned_blocks")
+        _require_positive(self, "model.", "blocks", "lora_rank", "head_width", "tuned_blocks", "queries", "image_draws")
 
 
 @dataclass(frozen=True)
@@ -82,38 +97,38 @@ class NoiseConfig:
     """The level to which both images of a pair are noised.
 
     Attributes:
-        law: of a number u in [0, 1] that picks a level of the scheduler's own table: "uniform", "beta", or
-            "logit-normal", u = sigmoid(mean + deviation * z) with z ~ N(0, 1). The noisiest level has u = 1.
-        mean, deviation: of the logit-normal law.
-        a, b: of the beta law.
+        law: of the level; see `training.reward_model.levels`.
+        mean, std: of the logit-normal law; a positive mean prefers cleaner levels.
+        a, b: of the beta law; b > a prefers cleaner levels.
         same: whether both images of a pair get the same noise; by default each has its own, as in the paper's code.
     """
 
-    law: Literal["uniform", "logit-normal", "beta"] = "uniform"
+    law: Literal["uniform", "uniform-sigma", "logit-normal", "beta"] = "uniform"
     mean: float = 0.0
-    deviation: float = 1.0
+    std: float = 1.0
     a: float = 1.0
-    b: float = 1.0
+    b: float = 2.0
     same: bool = False
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.mean) and 0 < self.deviation < math.inf):
-            raise UsageError(
-                f"noise.mean must be finite and noise.deviation positive; got {self.mean} and {self.deviation}"
-            )
+        if not (math.isfinite(self.mean) and 0 < self.std < math.inf):
+            raise UsageError(f"noise.mean must be finite and noise.std positive; got {self.mean} and {self.std}")
         _require_positive(self, "noise.", "a", "b")
 
+    @property
+    def constants(self) -> dict[str, float]:
+        """Those of the law."""
+        known = {"logit-normal": ("mean", "std"), "beta": ("a", "b")}.get(self.law, ())
+        return {name: getattr(self, name) for name in known}
 
-LossName = Literal[
-    "bradley-terry",
-    "margin",
-    "win-tie",
-    "thurstone-nll",
-    "thurstone-fidelity",
-    "gaussian-nll",
-    "gaussian-fidelity",
-    "oprm",
-]
+
+_CONSTANTS = {
+    "margin": ("margin",),
+    "win-tie": ("margin",),
+    "thurstone": ("noise", "floor"),
+    "fidelity": ("noise", "floor"),
+}
+_ORDINAL = ("ordinal", "oprm")
 
 
 @dataclass(frozen=True)
@@ -121,23 +136,36 @@ class LossConfig:
     """What the scores of a pair are trained for.
 
     Attributes:
-        name: of the loss; see `training.reward_model.pair_losses`.
-        margin: m of "margin" and "win-tie".
-        ties: "soft" pulls the scores of a tie together, "skip" leaves ties out of the loss.
+        name: of the loss; see `training.reward_model.losses`. "soft" is Bradley and Terry's for labels that may be soft.
+        margin: of "margin" (default 1) and "win-tie" (default 3).
+        noise, floor: variance of a score, noise * sigma^2 + floor, of "thurstone" and "fidelity" (default 2 and 0.05).
+        ratings: dimension of the data's scores that the loss "ordinal" reads.
+        ties: "soft" lets the loss use what it can make of ties, "skip" leaves them out.
     """
 
-    name: LossName = "bradley-terry"
-    margin: float = 1.0
+    name: Literal["bradley-terry", "margin", "soft", "win-tie", "thurstone", "fidelity", "ordinal", "oprm"] = "soft"
+    margin: float | None = None
+    noise: float | None = None
+    floor: float | None = None
+    ratings: str | None = None
     ties: Literal["soft", "skip"] = "soft"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.margin < math.inf:
-            raise UsageError(f"loss.margin must be finite and not negative; got {self.margin}")
+        for name in ("margin", "noise", "floor"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise UsageError(f"loss.{name} must be finite and not negative; got {value}")
+            if value is not None and name not in _CONSTANTS.get(self.name, ()):
+                users = [loss for loss, names in _CONSTANTS.items() if name in names]
+                raise UsageError(f"the loss {self.name!r} has no {name}; {' and '.join(users)} have")
+        if (self.ratings is None) == (self.name == "ordinal"):
+            raise UsageError("the loss 'ordinal', and no other, reads loss.ratings: the name of a score in the data")
 
     @property
-    def output(self) -> Literal["scalar", "gaussian", "ordinal"]:
-        """What the head has to say for it."""
-        return "ordinal" if self.name == "oprm" else "gaussian" if self.name.startswith("gaussian") else "scalar"
+    def constants(self) -> dict[str, float]:
+        """Those that are not left to the loss."""
+        given = {name: getattr(self, name) for name in _CONSTANTS.get(self.name, ())}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -249,6 +277,8 @@ class RewardConfig:
             raise UsageError(f"ema_decay must lie in [0, 1); got {self.ema_decay}")
         if not self.evaluation_levels or not all(0 <= level <= 1 for level in self.evaluation_levels):
             raise UsageError(f"evaluation_levels are noise levels in [0, 1]; got {list(self.evaluation_levels)}")
+        if self.loss.name in _ORDINAL and self.output != "ordinal":
+            raise UsageError(f"the loss {self.loss.name!r} needs model.output=ordinal; got {self.output}")
         if self.push_to_hub is not None and self.push_to_hub.count("/") != 1:
             raise UsageError(f"push_to_hub names a repository as org/name; got {self.push_to_hub!r}")
 
@@ -256,6 +286,11 @@ class RewardConfig:
     def cache(self) -> Path:
         """Folder of latents and embeddings."""
         return self.data.cache or self.out / "cache"
+
+    @property
+    def output(self) -> Literal["scalar", "gaussian", "ordinal"]:
+        """What the head says."""
+        return self.model.output or ("ordinal" if self.loss.name in _ORDINAL else "scalar")
 
     def require_data(self) -> None:
         """Raise a UsageError if it says not what to train on."""

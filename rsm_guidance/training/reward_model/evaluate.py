@@ -50,7 +50,8 @@ def score_pairs(
     for level in levels:
         own: list[tuple[int, float, float]] = []
         for batch in batches:
-            scores = objective({**batch, "level": objective.table.nearest(level)})["scores"].float().cpu()
+            index = int(objective.table.nearest(torch.tensor([level])))
+            scores = objective({**batch, "level": index})["scores"].float().cpu()
             own += [(pair, *map(float, row)) for pair, row in zip(batch["pair"], scores, strict=True)]
         everyone = gather_object(own) if processes > 1 else own
         ordered = np.array([row[1:] for row in sorted(everyone)], np.float64)

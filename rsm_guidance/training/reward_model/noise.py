@@ -1,37 +1,22 @@
-"""Noise levels of pairs, and noise that is named by what it is for.
+"""Noise levels of pairs, and noise, that are named by what they are for.
 
-A level is an entry of the scheduler's own training table: of flow models sigma with its shift, of others (alpha, sigma) of the
-cumulative products.  The noise of an image belongs to (seed, epoch, pair), so that it depends neither on the batch nor on the
-number of processes.
+Both belong to (seed, epoch, pair), so that they depend neither on the batch nor on the number of processes.
 """
 
 import torch
 from torch import Tensor
 
 from rsm_guidance.core.random import RandomStreams
-from rsm_guidance.core.rows import per_row
-from rsm_guidance.reward_models.noise_table import NoiseTable
+from rsm_guidance.reward_models.levels import LevelTable
 from rsm_guidance.training.reward_model.config import NoiseConfig
+from rsm_guidance.training.reward_model.levels import LEVEL_LAWS
 
 
-def drawn_levels(config: NoiseConfig, table: NoiseTable, seed: int, epoch: int, pairs: list[int]) -> Tensor:
+def drawn_levels(config: NoiseConfig, table: LevelTable, seed: int, epoch: int, pairs: list[int]) -> Tensor:
     """Entries [B] of the table for pairs [B] in an epoch, each from a stream of its own."""
     streams = RandomStreams(seed, tuple(("pair", pair) for pair in pairs))
-    if config.law == "uniform":
-        u = torch.cat([streams.uniforms(row, 1, "level", epoch) for row in range(len(pairs))])
-    elif config.law == "beta":
-        drawn = [streams.beta(row, config.a, config.b, "level", epoch) for row in range(len(pairs))]
-        u = torch.tensor(drawn, dtype=torch.float64)
-    else:
-        z = streams.normals(range(len(pairs)), (), [("level", epoch)] * len(pairs)).double()
-        u = (config.mean + config.deviation * z).sigmoid()
-    return (u * len(table.sigma)).long().clamp(0, len(table.sigma) - 1)
-
-
-def noised(first: Tensor, second: Tensor, alpha: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
-    """Both latents of pairs [B, ...] at levels [B], with noise [B, 2, ...], as [B, 2, ...]."""
-    x0 = torch.stack([first, second], 1)
-    return per_row(alpha, x0) * x0 + per_row(sigma, x0) * noise
+    u = torch.cat([streams.uniforms(row, 1, "level", epoch) for row in range(len(pairs))])
+    return LEVEL_LAWS[config.law](u.double(), table, **config.constants)
 
 
 def pair_noise(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from rsm_guidance.core.errors import UsageError
@@ -30,8 +31,9 @@ from rsm_guidance.reward_models.checkpoint import (
     CONFIG,
     WEIGHTS,
     checkpoint_folder,
-    read_config,
+    read_checkpoint,
     read_tensors,
+    require_fit,
     write_checkpoint,
 )
 from rsm_guidance.training.data import Batches, process_state
@@ -45,6 +47,7 @@ from rsm_guidance.training.reward_model.objective import PairObjective
 from rsm_guidance.training.reward_model.run import flat, loop_config, require_run, schedule_of
 from rsm_guidance.training.sharding import put, whole
 
+_OF_ITS_OWN = ("backbone", "score_mean", "score_std", "half_precision", "denoiser", "image_levels", "image_draws")
 REPORT, PLOT, LOG = "report.json", "accuracy.png", "log.jsonl"
 
 
@@ -64,6 +67,7 @@ def train_reward(config: RewardConfig) -> dict[str, Any]:
     begun = time.perf_counter()
     data = PreparedData(drm, config, lambda label: _progress(label, state.is_main_process))
     encoded = time.perf_counter()
+    _require_ratings(data.train, config)
     objective = build_objective(drm, data, config)
     _tell_long_prompts(pipe, data.train)
     optimizer = adamw(
@@ -106,15 +110,12 @@ def build_model(pipe: DiffusionPipeline, config: RewardConfig) -> DiffusionRewar
     with seeded(generator_of("weights", config.seed), pipe.device):
         drm = DiffusionRewardModel.from_pipeline(
             pipe,
-            blocks=chosen.blocks,
-            taps=chosen.taps,
-            adaptation=chosen.adaptation,
-            lora_rank=chosen.lora_rank,
-            head_width=chosen.head_width,
-            head=chosen.head,
-            output=config.loss.output,
-            grades=chosen.grades,
-            tuned_blocks=chosen.tuned_blocks,
+            output=config.output,
+            **{
+                name: value
+                for name, value in asdict(config.model).items()
+                if name != "output" and value is not None  # which the loss decides, too
+            },
             backbone=backbone,
         )
     if config.init_from is not None:
@@ -132,14 +133,18 @@ def build_model(pipe: DiffusionPipeline, config: RewardConfig) -> DiffusionRewar
 def _start_from(drm: DiffusionRewardModel, name: str) -> None:
     """Copy the weights of a finished reward model."""
     folder = checkpoint_folder(name)
-    given, ours = asdict(read_config(folder)), asdict(drm.drm_config)
-    for key in ("blocks", "taps", "adaptation", "lora_rank", "head_width", "head", "output", "grades"):
-        matters = {"lora_rank": ours["adaptation"] == "lora", "grades": ours["output"] == "ordinal"}.get(key, True)
+    config, tensors = read_checkpoint(folder)
+    given, ours = asdict(config), asdict(drm.drm_config)
+    for key in [key for key in given if key not in _OF_ITS_OWN]:
+        of_lora = key.startswith("lora_") and ours["adaptation"] != "lora"
+        matters = {"tuned_blocks": ours["adaptation"] == "last-blocks", "ratings": ours["output"] == "ordinal"}.get(
+            key, not of_lora
+        )
         if given[key] != ours[key] and matters:
             raise UsageError(
-                f"cannot start from {name}: it was made with model.{key}={given[key]!r}, and here it is {ours[key]!r}"
+                f"cannot start from {name}: it was made with {key}={given[key]!r}, and here it is {ours[key]!r}"
             )
-    _load(drm, folder)
+    _put(drm, tensors, folder)
 
 
 def _save(drm: DiffusionRewardModel, folder: Path, state: PartialState) -> None:
@@ -149,20 +154,20 @@ def _save(drm: DiffusionRewardModel, folder: Path, state: PartialState) -> None:
         write_checkpoint(folder, drm.drm_config, tensors)
 
 
-def _load(drm: DiffusionRewardModel, folder: Path) -> None:
-    """Copy the tensors of a checkpoint folder into a reward model of the same kind.
+def _put(drm: DiffusionRewardModel, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Copy the tensors of a checkpoint folder into a reward model of the same kind, of which a process may hold a part."""
+    own = drm.own_tensors()
+    require_fit(tensors, own, str(folder))
+    for key, tensor in own.items():
+        put(tensor, tensors[key])
 
-    Raises:
-        UsageError: naming the first tensor that does not fit.
-    """
-    own, tensors = drm.own_tensors(), read_tensors(folder)
-    for key in sorted(own.keys() | tensors.keys()):
-        if key not in own or key not in tensors or own[key].shape != tensors[key].shape:
-            told = [list(t[key].shape) if key in t else "missing" for t in (tensors, own)]
-            raise UsageError(
-                f"the weights in {folder} are of another model: {key} is {told[0]} there and {told[1]} here"
-            )
-        put(own[key], tensors[key])
+
+def _require_ratings(data: PreferenceData, config: RewardConfig) -> None:
+    known = sorted({name for entry in data.entries for name in entry.scores})
+    if config.loss.ratings is not None and config.loss.ratings not in known:
+        raise UsageError(
+            f"loss.ratings={config.loss.ratings!r} is no score of these data; they have {', '.join(known) or 'none'}"
+        )
 
 
 def build_objective(drm: DiffusionRewardModel, data: PreparedData, config: RewardConfig) -> PairObjective:
@@ -242,7 +247,7 @@ def _finish(
     if data.held_out is None:
         _save(drm, config.out, state)
     state.wait_for_everyone()
-    _load(drm, config.out)
+    _put(drm, read_tensors(config.out), config.out)
     pairs, measured = (data.held_out, "held-out pairs") if data.held_out else (data.train, "training pairs")
     limit = None if data.held_out else config.evaluation_pairs
     scores = score_pairs(
@@ -251,7 +256,7 @@ def _finish(
     clean = figures_of(scores[LEVELS[0]])
     if scores_vary(scores[LEVELS[0]]):
         mean, deviation = _or(clean["mean"], 0.0), _or(clean["deviation"], 1.0)
-        drm.drm_config = replace(drm.drm_config, score_mean=mean, score_deviation=deviation)
+        drm.drm_config = replace(drm.drm_config, score_mean=mean, score_std=deviation)
     report = _report(config, data, scores, measured, drm) | told
     _save(drm, config.out, state)
     if state.is_main_process:

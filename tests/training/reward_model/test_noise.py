@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from rsm_guidance.core.errors import UsageError
-from rsm_guidance.reward_models.noise_table import NoiseTable
+from rsm_guidance.reward_models.levels import LevelTable
 from rsm_guidance.training.reward_model.config import NoiseConfig
 from rsm_guidance.training.reward_model.noise import drawn_levels
 
-TABLE = NoiseTable(*(torch.linspace(0, 1, 1000, dtype=torch.float64) for _ in range(3)))
+TABLE = LevelTable(*(torch.linspace(1, 0, 1001, dtype=torch.float64)[:-1] for _ in range(3)))
 
 
 @pytest.mark.parametrize(
@@ -21,12 +21,11 @@ TABLE = NoiseTable(*(torch.linspace(0, 1, 1000, dtype=torch.float64) for _ in ra
 )
 def test_levels_follow_their_law(config: NoiseConfig, mean: float, deviation: float) -> None:
     pairs = list(range(4000))
-    u = drawn_levels(config, TABLE, 0, 0, pairs).double() / 1000
-    assert float(u.mean()) == pytest.approx(mean, abs=0.012)
-    assert float(u.std()) == pytest.approx(deviation, abs=0.01)
-    assert torch.equal(drawn_levels(config, TABLE, 0, 0, pairs[5:7]), (u[5:7] * 1000).round().long()), (
-        "whatever the batch"
-    )
+    index = drawn_levels(config, TABLE, 0, 0, pairs)
+    sigma = TABLE.sigma[index]
+    assert float(sigma.mean()) == pytest.approx(mean, abs=0.012)
+    assert float(sigma.std()) == pytest.approx(deviation, abs=0.01)
+    assert torch.equal(drawn_levels(config, TABLE, 0, 0, pairs[5:7]), index[5:7]), "whatever the batch"
 
 
 def test_laws_that_are_none_are_refused() -> None:

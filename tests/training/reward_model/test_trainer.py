@@ -21,14 +21,14 @@ from accelerate.utils import LoggerType
 from safetensors.torch import load_file
 
 from rsm_guidance.core.errors import UsageError
-from rsm_guidance.reward_models import load_backbone
+from rsm_guidance.reward_models import RewardOutput, load_backbone
 from rsm_guidance.training import checkpoint as states
 from rsm_guidance.training.reward_model import trainer as training
 from rsm_guidance.training.reward_model.collate import PreparedData, collate
 from rsm_guidance.training.reward_model.config import DataConfig, LossConfig, ModelConfig, OptimizerConfig, RewardConfig
 from rsm_guidance.training.reward_model.evaluate import score_pairs
+from rsm_guidance.training.reward_model.losses import PairLabel, soft
 from rsm_guidance.training.reward_model.objective import PairObjective
-from rsm_guidance.training.reward_model.pair_losses import bradley_terry as soft_bradley_terry
 from rsm_guidance.training.reward_model.run import require_run
 from rsm_guidance.training.reward_model.trainer import build_model, build_objective, train_reward
 from tests.training.reward_model.worlds import tiny, write_choices
@@ -117,7 +117,7 @@ def test_init_from_starts_where_a_finished_model_ended(sd3: Path, choices: Path,
     for level in (0.0, 0.05):
         assert entry[f"accuracy@{level:g}"] == clean[level]["accuracy"]
         assert entry[f"held_out_loss@{level:g}"] == pytest.approx(clean[level]["loss"], rel=1e-6)
-    with pytest.raises(UsageError, match=r"model.lora_rank=2, and here it is 4"):
+    with pytest.raises(UsageError, match=r"made with lora_rank=2, and here it is 4"):
         train_reward(replace(second, out=tmp_path / "x", model=replace(first.model, lora_rank=4)))
     with pytest.raises(ValueError, match="no whole training state; to start from finished weights use init_from"):
         train_reward(replace(second, out=tmp_path / "x", init_from=None, resume=str(first.out)))
@@ -216,16 +216,18 @@ def test_a_soft_tie_pulls_scores_together_and_pairs_count_by_their_weight(
     sd3: Path, choices: Path, tmp_path: Path
 ) -> None:
     margin = torch.tensor([0.7, -0.3], requires_grad=True)
-    losses = soft_bradley_terry(margin, torch.tensor([0.5, 0.5]))
+    label = PairLabel(torch.tensor([0.5, 0.5]), torch.tensor([True, True]), torch.zeros(2))
+    losses = soft(RewardOutput(margin), RewardOutput(torch.zeros(2)), label)
     losses.sum().backward()
     assert bool((margin.grad.sign() == margin.sign()).all()) and bool((losses > 0).all())  # type: ignore[union-attr]
-    assert soft_bradley_terry(torch.zeros(1), torch.tensor([0.5])).item() == pytest.approx(0, abs=1e-7)
+    equal = RewardOutput(torch.zeros(2))
+    assert soft(equal, equal, label).tolist() == pytest.approx([0, 0], abs=1e-7)
 
     objective, data = objective_of(tiny(sd3, choices, tmp_path / "a"))
     batch = collate([data.train[i] for i in range(3)], 0)
     batch |= {"weight": torch.tensor([1.0, 0.5, 0.5]), "probability": torch.tensor([1.0, 0.0, 0.5])}
     with torch.no_grad():
-        m = objective._outputs(batch)[0][..., 0] @ torch.tensor([1.0, -1.0])
+        m = objective._raw(batch)[0].view(-1, 2) @ torch.tensor([1.0, -1.0])
         found = objective(batch)["loss"]
     tie = math.log(math.cosh(m[2].item() / 2))  # cross-entropy of a tie, less log 2
     by_hand = (math.log1p(math.exp(-m[0])) + 0.5 * math.log1p(math.exp(m[1])) + 0.5 * tie) / 2
@@ -236,15 +238,15 @@ def test_noise_belongs_to_the_pair_and_the_epoch(sd3: Path, choices: Path, tmp_p
     objective, data = objective_of(tiny(sd3, choices, tmp_path / "a"))
     items = [data.train[i] for i in range(4)]
     with torch.no_grad():
-        together = objective._outputs(collate(items, 3))[0][..., 0]
-        alone = torch.cat([objective._outputs(collate([item], 3))[0][..., 0] for item in items])
-        later = objective._outputs(collate(items, 4))[0][..., 0]
+        together = objective._raw(collate(items, 3))[0]
+        alone = torch.cat([objective._raw(collate([item], 3))[0] for item in items])
+        later = objective._raw(collate(items, 4))[0]
     assert torch.allclose(together, alone, rtol=0, atol=1e-5) and not torch.allclose(together, later, atol=1e-3)
 
 
 def test_a_pair_and_its_mirror_image_have_one_loss(sd3: Path, choices: Path, tmp_path: Path) -> None:
     objective, data = objective_of(tiny(sd3, choices, tmp_path / "a"))
-    batch = {**collate([data.train[i] for i in range(4)], 0), "level": 0}  # next to no noise
+    batch = {**collate([data.train[i] for i in range(4)], 0), "level": len(objective.table) - 1}  # next to no noise
     mirror = {**batch, "first": batch["second"], "second": batch["first"]}
     a, b = objective(batch)["scores"], objective(mirror)["scores"]
     assert torch.allclose(a[:, 0] - a[:, 1], b[:, 1] - b[:, 0], atol=0.05)

@@ -47,7 +47,7 @@ def test_choices_become_a_reward_that_guides(
     assert report["data"]["pairs"] + report["data"]["held_out_pairs"] == 24 and not report["warnings"]
     assert report["config"]["precision"] == "no" and report["config"]["optimizer.lr"] == 3e-3
     settings = json.loads(Path("drm/config.json").read_text())
-    assert settings["score_deviation"] > 0.01 and settings["backbone"] == str(tmp_path / "tiny")
+    assert settings["score_std"] > 0.01 and settings["backbone"] == str(tmp_path / "tiny")
     assert Path("drm/accuracy.png").stat().st_size > 5000 and "| 0.4 | " in Path("drm/README.md").read_text()
 
     held_out = ["--split", "test", "--held-out-fraction", "0.25", "--levels", "0", "--out", "evaluation"]

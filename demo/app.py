@@ -23,6 +23,7 @@ from PIL import Image
 from rsm_guidance import ODE, SAMPLERS, GuidedPipelineOutput, Unguided, make_sampler, resolve_reward
 from rsm_guidance.evaluation.generate import Generation
 from rsm_guidance.evaluation.report.traces import draw_trace
+from rsm_guidance.io.config import read_setting
 from rsm_guidance.io.names import model_name
 from rsm_guidance.pipelines.load import load_pipeline
 from rsm_guidance.samplers import Progress, Sampler
@@ -167,15 +168,21 @@ def build_demo(model: str = "shapes", reward: str = "shapes-drm") -> gr.Blocks:
     stock_steps = inspect.signature(type(pipe).__call__).parameters["num_inference_steps"].default
     busy = Lock()  # a pipeline serves one call at a time; an abandoned run may still be ending
 
-    def handler(prompt: str, sampler: str, candidates: float, seed: float | None, steps: float) -> Iterator[tuple]:
+    def handler(
+        prompt: str, sampler: str, candidates: float, seed: float | None, steps: float, column: str
+    ) -> Iterator[tuple]:
         if seed is None:
             raise gr.Error("the seed is empty; give a whole number", print_exception=False)
         if not prompt.strip():
             raise gr.Error("the prompt is empty; say what to draw", print_exception=False)
+        try:
+            columns = {name: [value] for name, value in map(read_setting, filter(str.strip, column.splitlines()))}
+        except ValueError as error:
+            raise gr.Error(f"in what the reward reads besides: {error}", print_exception=False) from error
 
         def work(report: Callable[[Preview], None], stop: Event) -> Outcome:
             call = replace(defaults, steps=int(steps)).call()
-            call |= {"prompt": prompt, "reward": scorer, "seed": int(seed)}
+            call |= {"prompt": prompt, "reward": scorer, "seed": int(seed), "reward_columns": columns}
             with busy:
                 return generate(pipe, call, build_sampler(sampler, int(candidates)), report, stop)
 
@@ -207,6 +214,14 @@ def build_demo(model: str = "shapes", reward: str = "shapes-drm") -> gr.Blocks:
                 )
                 seed = gr.Number(0, label="Seed", precision=0)
                 steps = gr.Slider(1, 100, value=defaults.steps or stock_steps, step=1, label="Steps")
+                column = gr.Textbox(
+                    "",
+                    label="Read by the reward besides",
+                    info=f"A line NAME=VALUE for each column ({', '.join(scorer.requires)}).",
+                    lines=2,
+                    max_length=10_000,
+                    visible=bool(scorer.requires),
+                )
                 button = gr.Button("Generate", variant="primary")
             with gr.Column(scale=5):
                 with gr.Row():
@@ -219,7 +234,7 @@ def build_demo(model: str = "shapes", reward: str = "shapes-drm") -> gr.Blocks:
                 gr.Markdown("A value model's calls count by their share of the denoiser. Seconds include the previews.")
                 plot = gr.Plot(label="What was tried", show_label=False)
                 gr.Markdown("Scores compare the candidates of one step; from step to step they need not be comparable.")
-        inputs, outputs = [prompt, sampler, candidates, seed, steps], [unguided, guided, status, results, plot]
+        inputs, outputs = [prompt, sampler, candidates, seed, steps, column], [unguided, guided, status, results, plot]
         button.click(handler, inputs, outputs, api_name="generate", concurrency_limit=1, show_progress_on=status)
     return demo.queue(max_size=8)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rsm_guidance.cli.compare import resumable, samplers_of
 from rsm_guidance.cli.options import (
@@ -12,11 +12,15 @@ from rsm_guidance.cli.options import (
     ModelOptions,
     SamplerGroup,
     SamplerOptions,
+    check_reward,
     listed,
     load_reward,
     numbers,
     quiet_libraries,
 )
+
+if TYPE_CHECKING:
+    from rsm_guidance.data.prompts import PromptSet
 
 _FIRST = 64
 
@@ -94,8 +98,9 @@ class BenchmarkValues:
         from rsm_guidance.evaluation.report.tables import values_table
         from rsm_guidance.io.files import require_writable
 
+        asked = prompt_set_of(self.prompts, self.first, self.model.model)
         config = Calibration(
-            prompts_of(self.prompts, self.first, self.model.model),
+            asked.prompts,
             self.out,
             tuple(listed(self.values)),
             self.runs,
@@ -104,9 +109,10 @@ class BenchmarkValues:
             self.seed,
             self.batch_size,
             self.autocast,
+            asked.columns,
         )
         require_writable(self.out)
-        pipe, reward, generation = self.model.load()
+        pipe, reward, generation = self.model.load(asked.prompts, asked.columns)
         print(values_table(calibrate(config, pipe, generation, reward)))
 
 
@@ -148,14 +154,17 @@ class BenchmarkSamplers:
         from rsm_guidance.evaluation.report.tables import comparison_table
         from rsm_guidance.io.files import require_writable
 
-        prompts = prompts_of(self.prompts, self.first, self.model.model)
+        asked = prompt_set_of(self.prompts, self.first, self.model.model)
         samplers, multiples = samplers_of(self.samplers, self.options), numbers(self.multiples, "--multiples")
         require_writable(self.out / "report.json")
-        pipe, reward, generation = self.model.load()
+        for name in listed(self.monitor or ""):
+            check_reward(name, asked.prompts, asked.columns)
+        pipe, reward, generation = self.model.load(asked.prompts, asked.columns)
         monitors = {name: load_reward(name, pipe) for name in listed(self.monitor or "")}
-        budgets = budgets_at(multiples, costs_of(pipe, generation, reward))
+        first = {name: values[0] for name, values in asked.columns.items()}
+        budgets = budgets_at(multiples, costs_of(pipe, generation, reward, asked.prompts[0], first))
         config = Comparison(
-            prompts,
+            asked.prompts,
             samplers,
             budgets,
             self.out,
@@ -163,17 +172,18 @@ class BenchmarkSamplers:
             self.pairs,
             batch_size=self.batch_size,
             autocast=self.autocast,
+            columns=asked.columns,
         )
         with resumable(self.out):
             print(comparison_table(compare(config, pipe, generation, reward, monitors)))
 
 
-def prompts_of(path: Path | None, first: int, model: str) -> list[str]:
-    """The first prompts of a file, or those that a packaged model carries to be measured with."""
+def prompt_set_of(path: Path | None, first: int, model: str) -> PromptSet:
+    """The first prompts of a file, with its columns, or those that a packaged model carries to be measured with."""
     from rsm_guidance.core.errors import UsageError
-    from rsm_guidance.io.files import read_prompts
+    from rsm_guidance.data.prompts import PromptSet, read_prompt_set
     from rsm_guidance.io.names import model_prompts
 
     if first < 1:
         raise UsageError(f"--first must be at least 1; got {first}")
-    return model_prompts(model, first) if path is None else read_prompts(path)[:first]
+    return PromptSet(model_prompts(model, first)) if path is None else read_prompt_set(path, first)

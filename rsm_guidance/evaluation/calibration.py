@@ -5,8 +5,8 @@ over runs of the value with the reward of the finished image, that within each p
 candidates of one prompt can use), and the bias, the mean difference of an estimate in the reward's units.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from rsm_guidance.core.contracts import Reward, Value, ValueSource
 from rsm_guidance.core.errors import UsageError
 from rsm_guidance.core.schedule import NoiseSchedule
 from rsm_guidance.core.transitions import CPS, Transition
+from rsm_guidance.data.prompts import chosen
 from rsm_guidance.evaluation.generate import Generation, task_of
 from rsm_guidance.io.config import check_options, read_options
 from rsm_guidance.io.files import write_atomically, write_json
@@ -46,6 +47,7 @@ class Calibration:
         seed: names all random numbers.
         batch_size: prompts per batch.
         autocast: run in bfloat16 autocast, which is faster on CPUs.
+        columns: what the reward reads besides the prompts, an entry for each.
     """
 
     prompts: list[str]
@@ -57,6 +59,7 @@ class Calibration:
     seed: int = 0
     batch_size: int = 16
     autocast: bool = False
+    columns: Mapping[str, list[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.runs < 2 or not self.prompts or self.batch_size < 1:
@@ -109,7 +112,8 @@ def calibrate(config: Calibration, pipe: DiffusionPipeline, generation: Generati
     same_units: dict[str, bool] = {}
     for start in tqdm(range(0, len(config.prompts), config.batch_size), desc="values", unit="batch"):
         batch = config.prompts[start : start + config.batch_size]
-        with task_of(pipe, batch, generation, reward, config.seed, config.autocast) as task:
+        columns = chosen(config.columns, range(start, start + len(batch)))
+        with task_of(pipe, batch, generation, reward, config.seed, config.autocast, columns) as task:
             values: dict[str, Value] = {
                 n: s.value(task.denoiser, task.reward, task.streams) for n, s in sources.items()
             }

@@ -10,7 +10,7 @@ import functools
 import json
 import re
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -159,20 +159,34 @@ _INSIDE = re.compile(r":(//|\d+(?![^:/\s]))")
 
 def _parts(text: str) -> list[str]:
     """Text between colons that end a field."""
-    parts, depth, quote = [""], 0, ""
-    for index, letter in enumerate(text):
+    return split_outside(text, ":", lambda part, index: not ("=" in part and _INSIDE.match(text, index)))
+
+
+def split_outside(text: str, separator: str, ends: Callable[[str, int], bool] = lambda part, index: True) -> list[str]:
+    """Text between separators that stand neither in quotes nor in brackets; quotes that are never closed are letters.
+
+    Args:
+        text: any.
+        separator: one or more letters.
+        ends: of the part so far and the separator's place, whether the part ends there.
+    """
+    parts, depth, quote, index = [""], 0, "", 0
+    while index < len(text):
+        letter = text[index]
         if quote:
             quote = "" if letter == quote else quote
-        elif letter in "\"'":
+        elif letter in "\"'" and letter in text[index + 1 :]:
             quote = letter
         elif letter in "{[(":
             depth += 1
         elif letter in "}])":
             depth -= 1
-        elif letter == ":" and depth <= 0 and not ("=" in parts[-1] and _INSIDE.match(text, index)):
+        elif depth <= 0 and text.startswith(separator, index) and ends(parts[-1], index):
             parts.append("")
+            index += len(separator)
             continue
         parts[-1] += letter
+        index += 1
     return parts
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from rsm_guidance.core.contracts import Reward, UsageError
-from rsm_guidance.io.config import check_options, read_options
+from rsm_guidance.io.config import check_options, read_options, split_outside
 from rsm_guidance.io.names import load_object
 from rsm_guidance.rewards.base import as_reward
 from rsm_guidance.rewards.builtin import BuiltInReward
@@ -46,7 +46,7 @@ def resolve_reward(spec: object, pipe: Any = None) -> Reward:
         return as_reward(spec)
     text = str(spec)
     if isinstance(spec, str) and is_sum(text):
-        return Composite(tuple(_term(part, pipe) for part in text.split(" + ")))
+        return Composite(tuple(_term(part, pipe) for part in split_outside(text, " + ")))
     own = built_in(text)
     if own is not None:
         return own.load()
@@ -90,19 +90,20 @@ def built_in(text: str) -> BuiltInReward | None:
 
 def is_sum(text: str) -> bool:
     """Whether a specification is of several rewards, or of one with a weight."""
-    return " + " in text or " * " in text
+    return any(len(split_outside(text, sign)) > 1 for sign in (" + ", " * "))
 
 
 def parts_of(text: str) -> list[str]:
     """The specifications in "A + 0.5 * B", without their weights."""
-    return [part.rpartition(" * ")[2].strip() for part in text.split(" + ")]
+    return [split_outside(part, " * ")[-1].strip() for part in split_outside(text, " + ")]
 
 
 def _term(text: str, pipe: Any) -> Term:
     """One weighted reward of "A + 0.5 * B"."""
-    weight, times, name = text.rpartition(" * ")
+    *weights, name = split_outside(text, " * ")
+    weight = " * ".join(weights)
     try:
-        factor = float(weight) if times else 1.0
+        factor = float(weight) if weights else 1.0
     except ValueError as error:
         raise UsageError(f"{weight!r} in {text!r} is no number; write WEIGHT * REWARD") from error
     return Term(resolve_reward(name.strip(), pipe), factor)

@@ -100,3 +100,34 @@ def test_missing_columns_and_texts_are_refused_before_anything_is_loaded(
     assert "the prompt 'b' has none" in failed(["compare", "--reward", "color-histogram", *file], capsys)
     assert "write one line for each" in failed(["score", str(tmp_path / "red.png"), "--prompts", str(prompts)], capsys)
     assert "sets nothing" in failed(["sample", "a", "--column", "target", *away], capsys)
+
+
+def test_benchmarks_pass_the_columns(prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["--prompts", str(prompts), "--first", "2", "--reward", "color-histogram", *FEW]
+    out = tmp_path / "samplers"
+    main(
+        [
+            "benchmark",
+            "samplers",
+            *common,
+            "--samplers",
+            "none,best-of-n",
+            "--multiples",
+            "2",
+            "--pairs",
+            "0",
+            "--out",
+            str(out),
+        ]
+    )
+    runs = json.loads((out / "report.json").read_text())["runs"]
+    assert len(runs) == 2 and all(0 < score < 1 for r in runs.values() for score in r["rewards"])
+    file = tmp_path / "values.json"
+    main(["benchmark", "values", *common, "--values", "tweedie", "--runs", "2", "--levels", "0.5", "--out", str(file)])
+    assert json.loads(file.read_text())["reward"] == "color-histogram"
+    capsys.readouterr()
+    (tmp_path / "bare.txt").write_text("a red star\n")
+    told = failed(
+        ["benchmark", "samplers", "--prompts", str(tmp_path / "bare.txt"), *common[2:], "--out", str(out)], capsys
+    )
+    assert "column 'reference'" in told

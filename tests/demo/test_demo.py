@@ -48,9 +48,10 @@ def run(
     candidates: int = 3,
     seed: int | None = 1,
     steps: int = 4,
+    columns: str = "",
 ) -> list[Any]:
     """Every output of one generation, the last one included."""
-    job = client.submit(prompt, sampler, candidates, seed, steps, api_name="/generate")
+    job = client.submit(prompt, sampler, candidates, seed, steps, columns, api_name="/generate")
     seen = list(job)
     job.result()  # raises what the page would show as an error
     return seen
@@ -121,6 +122,21 @@ def test_bad_input_gives_a_clear_error_and_the_page_works_on(client: Client, wro
     with pytest.raises(AppError, match=message):
         run(client, **wrong)
     assert run(client)[-1][2].startswith("Done")
+
+
+def test_a_reward_gets_the_columns_that_it_reads(app: ModuleType, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
+    demo = app.build_demo(reward="color-histogram")
+    _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False, server_name="127.0.0.1")
+    try:
+        client = Client(url, verbose=False)
+        rows = run(client, columns=f"reference={tmp_path / 'red.png'}\n")[-1][3]
+        assert all(0 < float(score) < 1 for score in column(rows, "reward"))
+        for text, message in (("", "reference"), ("red", "sets nothing")):
+            with pytest.raises(AppError, match=message):
+                run(client, columns=text)
+    finally:
+        demo.close()
 
 
 def test_examples_are_captions_the_verifier_reads(app: ModuleType) -> None:

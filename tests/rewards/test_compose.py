@@ -1,6 +1,7 @@
 """Composition of rewards, by hand-computed numbers and through samplers."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import rsm_guidance as rg
-from rsm_guidance.rewards import Composite, Term, as_reward
+from rsm_guidance.rewards import Composite, Term, as_reward, is_sum, parts_of
 from rsm_guidance.rewards.compose import normalized
 from rsm_guidance.samplers import FKSteering, RewardGradient
 
@@ -122,3 +123,11 @@ def test_equal_scores_have_standard_score_zero_and_a_gradient(value: float) -> N
     standard = normalized(scores, ["a"] * 7, "zscore")
     assert standard.tolist() == [0.0] * 7
     assert torch.autograd.grad(standard.sum(), scores)[0].isfinite().all()
+
+
+def test_signs_in_quotes_and_brackets_are_part_of_an_option(tmp_path: Path) -> None:
+    text = "0.5 * vqa:model=x:question='is it red + blue * 2?' + compressibility"
+    assert parts_of(text) == ["vqa:model=x:question='is it red + blue * 2?'", "compressibility"]
+    assert not is_sum("vqa:model=x:question='red + blue'") and is_sum("2 * compressibility")
+    apostrophe = tmp_path / "o'neil"
+    assert parts_of(f"{apostrophe} + compressibility") == [str(apostrophe), "compressibility"]

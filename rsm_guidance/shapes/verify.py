@@ -14,7 +14,7 @@ import numpy as np
 import scipy  # loads its parts when they are used
 from PIL import Image, ImageDraw
 
-from rsm_guidance.shapes.render import BACKGROUND, outline
+from rsm_guidance.shapes.render import BACKGROUND, Placed, outline
 from rsm_guidance.shapes.scenes import COLORS, SHAPES, SceneSpec, parse_caption
 
 _TEMPLATE = 32
@@ -113,7 +113,7 @@ def see(image: np.ndarray) -> list[Seen]:
     return found
 
 
-def _relation(relation: str, first: Seen, second: Seen) -> float:
+def _relation(relation: str, first: Seen | Placed, second: Seen | Placed) -> float:
     """1 when the relation clearly holds, falling to 0 when the opposite holds; strict correctness asks for 1."""
     dx, dy = second.x - first.x, second.y - first.y
     along, across = {"left of": (dx, dy), "right of": (-dx, dy), "above": (dy, dx), "below": (-dy, dx)}[relation]
@@ -122,8 +122,8 @@ def _relation(relation: str, first: Seen, second: Seen) -> float:
     return float(np.clip(0.5 + along / 64, 0.0, 0.9))
 
 
-def judge(objects: Sequence[Seen], spec: SceneSpec) -> Verdict:
-    """Check the objects seen in an image against a demand.
+def judge(objects: Sequence[Seen | Placed], spec: SceneSpec) -> Verdict:
+    """Check the objects seen in an image, or drawn in it, against a demand.
 
     The score is the mean credit of the best assignment of demanded to seen objects (half for the colour, half for the
     shape) over the larger of both counts, times a factor in [0.5, 1] for the relation.  Correct means: exactly the

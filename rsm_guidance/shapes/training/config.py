@@ -71,7 +71,10 @@ class ShapesRewardConfig:
         blocks: blocks of the denoiser kept.
         adaptation: "frozen", "lora" or "full".
         lora_rank: rank of the LoRA.
-        head_width: width of the reward head.
+        head: design of the reward head; see `reward_models.heads`.
+        head_width: width of the reward head; default: the head's own.
+        output: "ordinal" for a distribution over the verifier's scores, "scalar" for a score that only orders.
+        taps: names of the blocks that the head reads; default: the last one kept.
         steps: optimiser updates.
         batch_groups: groups per update.
         lr: peak learning rate of the head and of a LoRA; a tuned trunk learns at a third of it.
@@ -79,6 +82,9 @@ class ShapesRewardConfig:
         sibling_weight: weight of the sibling pairs' loss against that of the re-noised pairs.
         object_weight: weight of the auxiliary per-token prediction of what the finished image holds; none with a frozen
             backbone, which it could not teach.
+        value_weight: weight of the cross-entropy of the score that a latent ends in; 0 for none, as a scalar model needs.
+        init_from: folder or hub id of a finished reward model, whose tensors are taken over where names and shapes are the same;
+            not for going on with an interrupted run.
         evaluate_every: updates between validations; the best checkpoint by mean accuracy is kept.
         seed: of data and training.
     """
@@ -92,24 +98,31 @@ class ShapesRewardConfig:
     blocks: int = 4
     adaptation: Literal["frozen", "lora", "full"] = "full"
     lora_rank: int = 16
-    head_width: int = 64
+    head: Literal["conv", "query", "pool"] = "conv"
+    head_width: int | None = None
+    output: Literal["scalar", "ordinal"] = "ordinal"
+    taps: tuple[str, ...] = ()
     steps: int = 2200
     batch_groups: int = 12
     lr: float = 1.5e-3
     weight_decay: float = 0.05
     sibling_weight: float = 1.0
     object_weight: float = 1.0
+    value_weight: float = 1.0
+    init_from: str | None = None
     evaluate_every: int = 250
     seed: int = 0
 
     def __post_init__(self) -> None:
         counts = ("prompts", "validation_prompts", "steps", "batch_groups", "evaluate_every", "blocks", "lora_rank")
         for name in (*counts, "head_width"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1; got {getattr(self, name)}")
-        for name in ("lr", "weight_decay", "sibling_weight", "object_weight"):
+        for name in ("lr", "weight_decay", "sibling_weight", "object_weight", "value_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"{name} must be a finite number of at least 0; got {getattr(self, name)}")
+        if self.output == "scalar" and self.value_weight:
+            raise UsageError("a scalar model learns no values; set value_weight: 0, or output: ordinal")
         for name in ("prompts", "validation_prompts"):
             if getattr(self, name) > _MOST_PROMPTS:
                 raise UsageError(

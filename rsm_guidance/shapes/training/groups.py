@@ -28,7 +28,7 @@ from rsm_guidance.shapes.reward import to_uint8
 from rsm_guidance.shapes.scenes import Caption
 from rsm_guidance.shapes.training.config import GroupConfig
 from rsm_guidance.shapes.training.objects import token_labels
-from rsm_guidance.shapes.verify import judge, see
+from rsm_guidance.shapes.verify import Verdict, judge, see
 
 _CORRECT_BONUS = 0.25  # of a strictly correct image, above the graded score
 
@@ -83,6 +83,11 @@ class BranchGroups:
         return BranchGroups(self.prompts[first::2], **{name: t[first::2] for name, t in self.tensors().items()})
 
 
+def graded(verdict: Verdict) -> float:
+    """The verifier's score, and 0.25 more where all is right."""
+    return verdict.score + _CORRECT_BONUS * verdict.correct
+
+
 def branch_level(rng: random.Random, steps: int) -> int:
     """Level of the children: 0 (competing initial noises) to about 0.8 N, the noisy ones more often."""
     return min(int(rng.betavariate(1.1, 2.2) * (steps - 1)), steps - 2)
@@ -109,7 +114,7 @@ def sample_groups(
     shape = (len(prompts), config.siblings)
     seen = [see(image) for image in images]
     verdicts = [judge(objects, captions[n // config.siblings].spec) for n, objects in enumerate(seen)]
-    scores = torch.tensor([v.score + _CORRECT_BONUS * v.correct for v in verdicts]).view(shape)
+    scores = torch.tensor([graded(v) for v in verdicts]).view(shape)
     labels = torch.from_numpy(np.stack([token_labels(objects) for objects in seen])).half().unflatten(0, shape)
     branched = torch.full((len(prompts),), level)
     return BranchGroups(prompts, paths.half().cpu(), finals.half().cpu(), sigmas, branched, scores, labels)

@@ -12,7 +12,9 @@ from tqdm.auto import tqdm
 from rsm_guidance.engine import encode_images
 from rsm_guidance.shapes.render import place, render
 from rsm_guidance.shapes.scenes import COLORS, SHAPES, Caption, Group, SceneSpec
+from rsm_guidance.shapes.training.groups import graded
 from rsm_guidance.shapes.training.objects import token_labels
+from rsm_guidance.shapes.verify import judge
 
 
 def hard_negative(spec: SceneSpec, rng: random.Random) -> SceneSpec:
@@ -44,25 +46,31 @@ def hard_negative(spec: SceneSpec, rng: random.Random) -> SceneSpec:
 
 @dataclass
 class Renders:
-    """Per caption a correct render and M hard negatives: latents [G, 1 + M, C, H, W] (half), labels [G, 1 + M, 64, 4]."""
+    """Per caption a correct render and M hard negatives.
+
+    Attributes:
+        latents: [G, 1 + M, C, H, W], half precision.
+        labels: [G, 1 + M, 64, 4], half precision (`training.objects`).
+        scores: [G, 1 + M], of the drawn scenes, as those of `BranchGroups`.
+    """
 
     latents: Tensor
     labels: Tensor
+    scores: Tensor
 
 
 @torch.no_grad()
 def render_hard_negatives(pipe: DiffusionPipeline, captions: list[Caption], seed: int, count: int = 3) -> Renders:
     """Draw and encode a correct scene and `count` hard negatives for every caption."""
     rng = random.Random(f"hard-negative|{seed}")
-    latents, labels = [], []
+    latents, labels, scores = [], [], []
     for start in tqdm(range(0, len(captions), 32), desc="hard negatives"):
-        specs = [
-            s
-            for c in captions[start : start + 32]
-            for s in (c.spec, *(hard_negative(c.spec, rng) for _ in range(count)))
-        ]
-        scenes = [place(spec, rng) for spec in specs]
+        chunk = [c.spec for c in captions[start : start + 32] for _ in range(1 + count)]
+        drawn = [spec if n % (1 + count) == 0 else hard_negative(spec, rng) for n, spec in enumerate(chunk)]
+        scenes = [place(spec, rng) for spec in drawn]
+        scores += [graded(judge(scene, spec)) for scene, spec in zip(scenes, chunk, strict=True)]
         images = torch.from_numpy(np.stack([render(objects) for objects in scenes])).permute(0, 3, 1, 2)
         latents.append(encode_images(pipe, images / 255).half().cpu())
         labels.append(torch.from_numpy(np.stack([token_labels(objects) for objects in scenes])).half())
-    return Renders(*(torch.cat(t).unflatten(0, (len(captions), 1 + count)) for t in (latents, labels)))
+    parts = (torch.cat(latents), torch.cat(labels), torch.tensor(scores))
+    return Renders(*(part.unflatten(0, (len(captions), 1 + count)) for part in parts))

@@ -1,9 +1,10 @@
-"""How good a reward model is: pair and sibling accuracy per noise level, as numbers, table and plot."""
+"""How good a reward model is: pair and sibling accuracy, and how values foretell the outcome, per noise level."""
 
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from rsm_guidance.core.random import generator_of
 from rsm_guidance.io.files import write_atomically
@@ -29,30 +30,58 @@ def pair_accuracy(drm: DiffusionRewardModel, groups: BranchGroups, sigma: float,
 @torch.no_grad()
 def sibling_accuracy(drm: DiffusionRewardModel, groups: BranchGroups) -> dict[float, tuple[float, int]]:
     """Accuracy on siblings by the noise level at which they lie: sigma -> (accuracy, pairs)."""
-    k = groups.children.shape[1]
+    k = groups.scores.shape[1]
     result = {}
     for sigma in sorted(set(groups.sigma.tolist())):
         index = (groups.sigma == sigma).nonzero().flatten()
         prompts = [groups.prompts[i] for i in index.tolist() for _ in range(k)]
-        scores = drm.score(groups.children[index].float().flatten(0, 1), 1000 * sigma, prompts).view(-1, k)
+        scores = drm.score(groups.children(index).float().flatten(0, 1), 1000 * sigma, prompts).view(-1, k)
         right, count = pairs_won(scores, groups.scores[index])
         if count:
             result[sigma] = (right / count, count)
     return result
 
 
+@torch.no_grad()
+def value_correlation(drm: DiffusionRewardModel, groups: BranchGroups) -> dict[float, float]:
+    """Correlation over all prompts of the score of latents on their way with what they end in, by level from noise to data.
+
+    The last level is that of the finished samples, 0.
+    """
+    g, k, steps = groups.paths.shape[:3]
+    prompts = [p for p in groups.prompts for _ in range(k)]
+    known = [(float(groups.sigmas[0, n]), groups.paths[:, :, n]) for n in range(steps)]
+    result = {}
+    for sigma, latents in [*known, (0.0, groups.finals)]:
+        scores = drm.score(latents.float().flatten(0, 1), 1000 * sigma, prompts)
+        result[sigma] = correlation(scores, groups.scores.flatten())
+    return result
+
+
+def correlation(a: Tensor, b: Tensor) -> float:
+    """Pearson's; 0 where either does not vary."""
+    a, b = a.double().cpu() - a.double().mean().cpu(), b.double().cpu() - b.double().mean().cpu()
+    size = float((a.square().sum() * b.square().sum()).sqrt())
+    return float(a @ b) / size if size > 1e-12 else 0.0
+
+
 def validation_accuracy(drm: DiffusionRewardModel, groups: BranchGroups) -> dict[str, float]:
-    """Pair accuracy over three levels, sibling accuracy, and both over all their pairs together."""
+    """Pair accuracy over three levels, sibling accuracy, mean correlation of values, and a mean of all.
+
+    The mean is half of the accuracy over all pairs together, half of the correlation.
+    """
     drm.eval()
     pairs, siblings = (
-        [pair_accuracy(drm, groups, s) for s in (0.2, 0.6, 0.85)],
+        [pair_accuracy(drm, groups, s) for s in (0.05, 0.4, 0.75)],
         [*sibling_accuracy(drm, groups).values()],
     )
 
     def pooled(results: list[tuple[float, int]]) -> float:
         return sum(a * n for a, n in results) / max(1, sum(n for _, n in results))
 
-    return {"pair": pooled(pairs), "sibling": pooled(siblings), "mean": pooled(pairs + siblings)}
+    values = list(value_correlation(drm, groups).values())
+    found = {"pair": pooled(pairs), "sibling": pooled(siblings), "correlation": sum(values) / len(values)}
+    return {**found, "mean": (pooled(pairs + siblings) + found["correlation"]) / 2}
 
 
 def report_accuracy(drm: DiffusionRewardModel, groups: BranchGroups, plot: Path) -> dict[str, object]:
@@ -63,6 +92,7 @@ def report_accuracy(drm: DiffusionRewardModel, groups: BranchGroups, plot: Path)
     return {
         "pair": [{"sigma": s, "accuracy": a, "pairs": n} for s, (a, n) in pair.items()],
         "sibling": [{"sigma": s, "accuracy": a, "pairs": n} for s, (a, n) in sibling.items()],
+        "correlation": [{"sigma": s, "correlation": c} for s, c in value_correlation(drm, groups).items()],
         "validation": validation_accuracy(drm, groups),
     }
 

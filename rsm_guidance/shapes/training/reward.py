@@ -15,11 +15,12 @@ from rsm_guidance.core.errors import UsageError
 from rsm_guidance.core.random import generator_of
 from rsm_guidance.io.files import write_json
 from rsm_guidance.reward_models import DiffusionRewardModel, load_backbone
+from rsm_guidance.reward_models.checkpoint import checkpoint_folder, read_checkpoint
 from rsm_guidance.shapes.scenes import Caption, caption_set, random_caption
 from rsm_guidance.shapes.training.config import ShapesRewardConfig
 from rsm_guidance.shapes.training.groups import BranchGroups, generate_groups
 from rsm_guidance.shapes.training.hard_negatives import Renders, render_hard_negatives
-from rsm_guidance.shapes.training.objective import Preferences
+from rsm_guidance.shapes.training.objective import RATINGS, Preferences
 from rsm_guidance.shapes.training.report import report_accuracy, validation_accuracy
 from rsm_guidance.training import Batches, LoopConfig, adamw, cosine, fit
 from rsm_guidance.training.data import process_state
@@ -96,15 +97,34 @@ def untrained(pipe: DiffusionPipeline, config: ShapesRewardConfig) -> DiffusionR
         UsageError: if the configuration does not suit the denoiser.
     """
     torch.manual_seed(config.seed)
-    return DiffusionRewardModel.from_pipeline(
+    drm = DiffusionRewardModel.from_pipeline(
         pipe,
         blocks=config.blocks,
         adaptation=config.adaptation,
         lora_rank=config.lora_rank,
+        head=config.head,
         head_width=config.head_width,
+        output=config.output,
+        ratings=RATINGS,
+        taps=config.taps,
         backbone=config.pipeline,
         half_precision=True,
     )
+    if config.init_from is not None:
+        _start_from(drm, config.init_from)
+    return drm
+
+
+@torch.no_grad()
+def _start_from(drm: DiffusionRewardModel, name: str) -> None:
+    """Take over what a finished reward model has in common with a new one."""
+    given = read_checkpoint(checkpoint_folder(name))[1]
+    own = drm.own_tensors()
+    common = [key for key in own if key in given and own[key].shape == given[key].shape]
+    if not any(key.startswith("trunk.") for key in common):
+        raise UsageError(f"the reward model {name} has no tensor of its trunk in common with this one, to start from")
+    for key in common:
+        own[key].copy_(given[key])
 
 
 def build_objective(pipe: DiffusionPipeline, data: RewardData, config: ShapesRewardConfig) -> Preferences:
@@ -113,7 +133,7 @@ def build_objective(pipe: DiffusionPipeline, data: RewardData, config: ShapesRew
     with torch.no_grad():  # text features are kept, and round as their batch does: a resumed run is to find the same
         drm.score(data.train.finals[:, 0].float(), 0.0, data.train.prompts)
     object_weight = 0.0 if config.adaptation == "frozen" else config.object_weight
-    objective = Preferences(drm, data.train, data.renders, config.sibling_weight, object_weight)
+    objective = Preferences(drm, data.train, data.renders, config.sibling_weight, object_weight, config.value_weight)
     freeze_unreached(objective, objective(torch.arange(1), generator_of("probe"))["loss"])
     return objective
 

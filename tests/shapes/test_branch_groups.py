@@ -22,8 +22,8 @@ def test_children_of_one_state_are_completed_and_scored(stock: StableDiffusion3P
     captions = caption_set(4, 1, held_out=False)
     config = GroupConfig(siblings=3, steps=4, transition="cps 0.5", autocast=False)
     groups = sample_groups(stock, captions, config, level, seed=0)
-    assert groups.children.shape == groups.finals.shape == (4, 3, 4, 16, 16)
-    noise = groups.children.float()
+    assert groups.paths.shape == (4, 3, 4, 4, 16, 16) and groups.finals.shape == (4, 3, 4, 16, 16)
+    noise = groups.children(torch.arange(4)).float()
     spread = (noise[:, 0] - noise[:, 1]).std() / 2**0.5
     sigma = float(groups.sigma[0])
     expected = sigma if level == 0 else sigma * math.sin(0.5 * math.pi / 2)
@@ -32,6 +32,21 @@ def test_children_of_one_state_are_completed_and_scored(stock: StableDiffusion3P
     image = stock.vae.decode(x0 / stock.vae.config.scaling_factor + stock.vae.config.shift_factor).sample / 2 + 0.5
     verdict = verify(to_uint8(image.clamp(0, 1)).numpy()[0], captions[2].text)
     assert groups.scores[2, 1].item() == pytest.approx(verdict.score + 0.25 * verdict.correct, abs=0.02)
+
+
+@pytest.mark.parametrize("level", [0, 2])
+def test_paths_part_at_their_level_and_lead_to_the_finals(stock: StableDiffusion3Pipeline, level: int) -> None:
+    groups = sample_groups(stock, caption_set(2, 1, held_out=False), TINY, level, seed=0)
+    for n in range(4):
+        same = torch.equal(groups.paths[:, 0, n], groups.paths[:, 1, n])
+        assert same == (n < level), f"level {n}"
+    rows = torch.arange(2)
+    assert torch.equal(groups.children(rows), groups.paths[:, :, level])
+    assert torch.equal(groups.sigma, groups.sigmas[:, level]) and (groups.sigmas.diff() < 0).all()
+    shared = groups.outcomes(rows, torch.tensor([max(0, level - 1)] * 2))
+    if level:
+        assert torch.equal(shared, groups.scores.mean(1, keepdim=True).expand(2, 3)), "of states before: the mean"
+    assert torch.equal(groups.outcomes(rows, torch.tensor([level, 3])), groups.scores), "of others: their own"
 
 
 def test_the_first_child_ends_where_the_unbranched_run_ends(stock: StableDiffusion3Pipeline) -> None:
@@ -46,7 +61,7 @@ def test_groups_do_not_depend_on_their_batch(stock: StableDiffusion3Pipeline) ->
     captions = caption_set(4, 1, held_out=False)
     together = sample_groups(stock, captions, TINY, 1, seed=0)
     alone = sample_groups(stock, captions[2:3], TINY, 1, seed=0)
-    assert torch.allclose(alone.children[0].float(), together.children[2].float(), atol=0.01)
+    assert torch.allclose(alone.paths[0].float(), together.paths[2].float(), atol=0.01)
 
 
 def test_groups_are_made_once(stock: StableDiffusion3Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from rsm_guidance.shapes.training import reward as training
 from rsm_guidance.shapes.training.groups import BranchGroups, GroupConfig
 from rsm_guidance.shapes.training.hard_negatives import Renders, render_hard_negatives
 from rsm_guidance.shapes.training.objective import renoise
+from rsm_guidance.shapes.training.report import value_correlation
 from rsm_guidance.shapes.training.reward import (
     RewardData,
     ShapesRewardConfig,
@@ -46,11 +47,14 @@ def data() -> RewardData:
     prompts = [c.text for c in caption_set(8, 3, held_out=False)]
     finals = torch.randn(8, 3, 4, 16, 16, generator=generator) + torch.randn(8, 3, 1, 1, 1, generator=generator)
     scores = finals.mean((2, 3, 4))
-    sigma = torch.tensor([0.5, 0.8] * 4)
-    children = renoise(finals, sigma, generator)
+    sigmas = torch.tensor([[0.9, 0.5], [0.9, 0.8]] * 4)
+    path = [renoise(finals, sigma, generator) for sigma in sigmas.T]
+    path[0][:] = path[0][:, :1]  # one state, from which they part
+    branched = torch.ones(8, dtype=torch.int64)
     labels = torch.zeros(8, 3, 64, 4)
-    groups = BranchGroups(prompts, children.half(), finals.half(), sigma, scores, labels.half())
-    renders = Renders(torch.randn(8, 4, 4, 16, 16, generator=generator).half(), torch.zeros(8, 4, 64, 4).half())
+    groups = BranchGroups(prompts, torch.stack(path, 2).half(), finals.half(), sigmas, branched, scores, labels.half())
+    drawn = torch.randn(8, 4, 4, 16, 16, generator=generator)
+    renders = Renders(drawn.half(), torch.zeros(8, 4, 64, 4).half(), torch.tensor([[1.25, 0.5, 0.5, 0.5]] * 8))
     return RewardData(groups, groups.every_other(0), groups.every_other(1), renders)
 
 
@@ -92,11 +96,10 @@ def test_the_losses_of_a_step_depend_on_its_generator_alone(stock: StableDiffusi
         return {k: v.item() for k, v in objective(rows, generator_of(name)).items()}
 
     assert losses("a") == losses("a") != losses("b")
-    assert losses("a").keys() == {"loss", "renoised", "siblings", "rendered", "objects"}
     parts = losses("a")
-    assert parts["loss"] == pytest.approx(
-        parts["renoised"] + parts["siblings"] + 0.5 * parts["rendered"] + parts["objects"], rel=1e-5
-    )
+    assert parts.keys() == {"loss", "renoised", "siblings", "rendered", "objects", "values"}
+    whole = sum(parts[name] for name in ("renoised", "siblings", "values", "objects")) + 0.5 * parts["rendered"]
+    assert parts["loss"] == pytest.approx(whole, rel=1e-5)
 
 
 def test_a_reward_model_learns_what_it_is_shown(stock: StableDiffusion3Pipeline, data: RewardData) -> None:
@@ -113,6 +116,42 @@ def test_a_reward_model_learns_what_it_is_shown(stock: StableDiffusion3Pipeline,
     with torch.no_grad():
         accuracy = training.validation_accuracy(objective.drm, data.train)
     assert accuracy["pair"] > 0.75
+
+
+def test_values_are_learnt_across_prompts(stock: StableDiffusion3Pipeline, data: RewardData) -> None:
+    """Prompts whose samples are good, and prompts whose samples are bad: orders within prompts say nothing of it."""
+    good = torch.tensor([1.0, 0.25] * 4)[:, None]
+    groups = replace(data.train, scores=good + 0.01 * data.train.scores)
+    objective = build_objective(stock, replace(data, train=groups), replace(TINY, object_weight=0.0))
+    optimizer = adamw([(objective, 2e-3)], 0.0)
+    values = []
+    for step in range(40):
+        losses = objective(torch.arange(8), generator_of("learn", step))
+        optimizer.zero_grad()
+        losses["loss"].backward()
+        optimizer.step()
+        values.append(losses["values"].item())
+    assert sum(values[-5:]) / 5 < 0.8 < values[0]
+    found = value_correlation(objective.drm, groups)
+    assert list(found) == pytest.approx([0.9, 0.5, 0.0]) and min(found.values()) > 0.8
+    with torch.no_grad():
+        scores = objective.drm.score(groups.finals[:, 0].float(), 0.0, groups.prompts)
+    assert scores[::2].mean() == pytest.approx(1.0, abs=0.25) and scores[1::2].mean() == pytest.approx(0.25, abs=0.25)
+
+
+def test_a_run_may_start_from_a_finished_model(stock: StableDiffusion3Pipeline, tmp_path: Path) -> None:
+    old = DiffusionRewardModel.from_pipeline(stock, blocks=1, backbone="shapes")
+    with torch.no_grad():
+        old.trunk.denoiser.transformer_blocks[0].attn.to_q.weight.fill_(0.5)
+    old.save_pretrained(tmp_path / "old")
+    drm = training.untrained(stock, replace(TINY, init_from=str(tmp_path / "old")))
+    assert (drm.trunk.denoiser.transformer_blocks[0].attn.to_q.weight == 0.5).all()
+    assert not (drm.trunk.denoiser.transformer_blocks[1].attn.to_q.weight == 0.5).any()
+    DiffusionRewardModel.from_pipeline(stock, blocks=1, adaptation="frozen", backbone="shapes").save_pretrained(
+        tmp_path / "head"
+    )
+    with pytest.raises(ValueError, match="no tensor of its trunk in common"):
+        training.untrained(stock, replace(TINY, init_from=str(tmp_path / "head")))
 
 
 def test_the_best_model_so_far_is_kept(
@@ -133,6 +172,7 @@ def test_hard_negatives_come_after_a_correct_render(stock: StableDiffusion3Pipel
     captions = caption_set(6, 1, held_out=False)
     renders = render_hard_negatives(stock, captions, seed=0)
     assert renders.latents.shape == (6, 4, 4, 16, 16) and renders.labels.shape == (6, 4, 64, 4)
+    assert (renders.scores[:, 0] == 1.25).all() and (renders.scores[:, 1:] < 1).all()
     x = renders.latents.float().flatten(0, 1) / stock.vae.config.scaling_factor + stock.vae.config.shift_factor
     with torch.no_grad():
         images = ((stock.vae.decode(x).sample + 1) * 127.5).clamp(0, 255).round().byte().permute(0, 2, 3, 1).numpy()

@@ -71,11 +71,24 @@ def train_reward(config: ShapesRewardConfig) -> dict[str, Any]:
         lambda past: keep_best(objective.drm, data.validation, past, out / "model"),
     )
     best = DiffusionRewardModel.from_pretrained(str(out / "model"), pipe=pipe)
+    if process_state().is_main_process:
+        standardise(best, data.validation)
+        best.save_pretrained(out / "model")
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
     report: dict[str, Any] = {"config": settings, "history": history}
     report |= report_accuracy(best, data.reported, out / "accuracy.png")
     write_json(out / "report.json", report)
     return report
+
+
+@torch.no_grad()
+def standardise(drm: DiffusionRewardModel, groups: BranchGroups) -> None:
+    """Give scores of finished samples mean 0 and deviation 1."""
+    drm.drm_config = replace(drm.drm_config, score_mean=0.0, score_std=1.0)
+    prompts = [p for p in groups.prompts for _ in range(groups.finals.shape[1])]
+    scores = drm.score(groups.finals.flatten(0, 1).float(), 0.0, prompts)
+    mean, deviation = float(scores.mean()), float(scores.std())
+    drm.drm_config = replace(drm.drm_config, score_mean=mean, score_std=max(deviation, 1e-6))
 
 
 def reward_data(pipe: DiffusionPipeline, config: ShapesRewardConfig, held_out: list[Caption]) -> RewardData:

@@ -4,6 +4,7 @@ What is trained is in `objective`, how in `rsm_guidance.training.loop`.  `out` b
 card, report and plot; beside them lie `checkpoint-STEP`, the states that an interrupted run goes on from.
 """
 
+import inspect
 import json
 import math
 import sys
@@ -23,6 +24,7 @@ from rsm_guidance.core.errors import UsageError
 from rsm_guidance.core.ledger import peak_memory
 from rsm_guidance.core.random import generator_of
 from rsm_guidance.data.preferences import PreferenceData
+from rsm_guidance.engine.families import stock_call_of
 from rsm_guidance.evaluation.preference.figures import PairScores, figures_of, scores_vary
 from rsm_guidance.evaluation.preference.plots import draw_levels
 from rsm_guidance.io.files import write_json, write_text
@@ -69,7 +71,7 @@ def train_reward(config: RewardConfig) -> dict[str, Any]:
     encoded = time.perf_counter()
     _require_ratings(data.train, config)
     objective = build_objective(drm, data, config)
-    _tell_long_prompts(pipe, data.train)
+    _tell_long_prompts(pipe, data.train, config.model.max_sequence_length)
     optimizer = adamw(
         [(drm.head, config.optimizer.lr), (drm.trunk, config.optimizer.trunk_lr or config.optimizer.lr)],
         config.optimizer.weight_decay,
@@ -315,18 +317,21 @@ def push(config: RewardConfig) -> None:
         )
 
 
-def _tell_long_prompts(pipe: DiffusionPipeline, data: PreferenceData) -> None:
-    """Say once how many prompts are cut off."""
+def _tell_long_prompts(pipe: DiffusionPipeline, data: PreferenceData, chosen: int) -> None:
+    """Say once how many prompts are cut off, by the tokenizer that takes the most; `chosen`: tokens asked for, 0 for none."""
     named = [part for name, part in pipe.components.items() if name.startswith("tokenizer") and part is not None]
     known = [t for t in named if 0 < getattr(t, "model_max_length", 0) < 100_000]
     if not known or not process_state().is_main_process:
         return
     tokenizer = max(known, key=lambda t: t.model_max_length)
+    parameter = inspect.signature(stock_call_of(type(pipe))).parameters.get("max_sequence_length")
+    asked = chosen or (parameter.default if parameter is not None else None) or tokenizer.model_max_length
+    most = min(tokenizer.model_max_length, int(asked))
     places = {e.prompt: e.place for e in reversed(data.entries)}
-    long = [p for p in places if len(tokenizer(p)["input_ids"]) > tokenizer.model_max_length]
+    long = [p for p in places if len(tokenizer(p)["input_ids"]) > most]
     if long:
         few = "1 prompt has" if len(long) == 1 else f"{len(long)} prompts have"
-        limit = f"more than {tokenizer.model_max_length} tokens, the first at {places[long[-1]]}"
+        limit = f"more than {most} tokens, the first at {places[long[-1]]}"
         tqdm.write(f"note: {few} {limit}; the rest of them is cut off", file=sys.stderr)
 
 

@@ -21,11 +21,18 @@ from accelerate.utils import LoggerType
 from safetensors.torch import load_file
 
 from rsm_guidance.core.errors import UsageError
-from rsm_guidance.reward_models import RewardOutput, load_backbone
+from rsm_guidance.reward_models import DiffusionRewardModel, RewardOutput, load_backbone
 from rsm_guidance.training import checkpoint as states
 from rsm_guidance.training.reward_model import trainer as training
 from rsm_guidance.training.reward_model.collate import PreparedData, collate
-from rsm_guidance.training.reward_model.config import DataConfig, LossConfig, ModelConfig, OptimizerConfig, RewardConfig
+from rsm_guidance.training.reward_model.config import (
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    NoiseConfig,
+    OptimizerConfig,
+    RewardConfig,
+)
 from rsm_guidance.training.reward_model.evaluate import score_pairs
 from rsm_guidance.training.reward_model.losses import PairLabel, soft
 from rsm_guidance.training.reward_model.objective import PairObjective
@@ -550,3 +557,78 @@ def test_a_finished_model_is_uploaded_and_a_failed_upload_is_no_failed_run(
 
 def refuse(*args: Any, **options: Any) -> None:
     raise OSError("no route to the hub")
+
+
+@pytest.mark.parametrize(
+    ("loss", "model"),
+    [
+        (LossConfig("bradley-terry"), ModelConfig(blocks=1, head="pool")),
+        (LossConfig("margin", margin=0.5), ModelConfig(blocks=1, head="drm", head_width=32, dropout=0.1)),
+        (LossConfig("win-tie"), ModelConfig(blocks=1, adaptation="last-blocks")),
+        (LossConfig("thurstone", noise=0.0, floor=0.01), ModelConfig(blocks=1, output="gaussian")),
+        (
+            LossConfig("fidelity"),
+            ModelConfig(blocks=1, head="query", head_width=32, text_taps=("transformer_blocks.0",)),
+        ),
+        (LossConfig("ordinal", ratings="rating"), ModelConfig(blocks=1)),
+        (LossConfig("oprm"), ModelConfig(blocks=1, ratings=(0.0, 1.0, 2.0))),
+    ],
+    ids=lambda value: getattr(value, "name", getattr(value, "head", "")),
+)
+@pytest.mark.slow
+def test_losses_heads_and_outputs_train_and_are_kept(
+    loss: LossConfig, model: ModelConfig, sd3: Path, choices: Path, tmp_path: Path
+) -> None:
+    config = tiny(sd3, choices, tmp_path / "a", loss=loss, model=model, steps=3)
+    report = train_reward(config)
+    assert all(math.isfinite(entry["loss"]) for entry in log(config.out) if "loss" in entry)
+    assert report["model"]["output"] == config.output and report["model"]["head"] == model.head
+    drm = DiffusionRewardModel.from_pretrained(config.out)
+    scores = drm.score_images(torch.rand(2, 3, 32, 32), ["a red thing", "a blue thing"])
+    assert scores.isfinite().all()
+    if loss.name == "ordinal":
+        assert drm.drm_config.ratings == (1.0, 2.0, 3.0, 4.0, 5.0)
+        with pytest.raises(UsageError, match="loss.ratings='beauty' is no score of these data; they have rating"):
+            train_reward(replace(config, out=tmp_path / "b", loss=LossConfig("ordinal", ratings="beauty")))
+
+
+def test_settings_of_other_losses_and_outputs_are_refused() -> None:
+    with pytest.raises(UsageError, match="the loss 'soft' has no margin; margin and win-tie have"):
+        LossConfig(margin=1.0)
+    with pytest.raises(UsageError, match="reads loss.ratings"):
+        LossConfig("ordinal")
+    with pytest.raises(UsageError, match="'oprm' needs model.output=ordinal; got scalar"):
+        RewardConfig(loss=LossConfig("oprm"), model=ModelConfig(output="scalar"))
+    with pytest.raises(UsageError, match="noise.std positive"):
+        NoiseConfig("logit-normal", std=0.0)
+
+
+def test_prompts_over_the_limit_are_said_once(sd3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = write_choices(tmp_path / "data", count=10)
+    text = (
+        table.read_text().replace("a red thing, number 0", "word " * 60).replace("a blue thing, number 1", "so " * 90)
+    )
+    table.write_text(text)
+    train_reward(tiny(sd3, table, tmp_path / "a", steps=2, data=DataConfig(str(table), side=32, held_out_fraction=0.0)))
+    assert capsys.readouterr().err.count("2 prompts have more than 256 tokens, the first at choices.csv, line") == 1
+
+
+def test_a_loss_that_is_not_finite_leaves_the_last_good_state(
+    sd3: Path, choices: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(sd3, choices, tmp_path / "a", steps=6, save_every=2, evaluate_every=2)
+    real = training.PairObjective.forward
+    calls: list[int] = []
+
+    def spoilt(self: Any, batch: Any, generator: Any = None) -> Any:
+        found = real(self, batch, generator)
+        calls.append("loss" in found)
+        return {**found, "loss": found["loss"] * math.nan} if sum(calls) > 3 and "loss" in found else found
+
+    monkeypatch.setattr(training.PairObjective, "forward", spoilt)
+    with pytest.raises(FloatingPointError, match="lower the learning rate"):
+        train_reward(config)
+    monkeypatch.undo()
+    kept = states.checkpoints(config.out)[-1]
+    assert all(t.isfinite().all() for t in load_file(kept / "objective.safetensors").values())
+    assert train_reward(config)["history"][-1]["step"] == 6

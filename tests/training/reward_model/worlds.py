@@ -50,6 +50,7 @@ def write_choices(folder: Path, count: int = 24, size: int = 32, ties: int = 0) 
         label = "tie" if i < ties else int(redness[1] > redness[0])
         prompt = f"a {COLOURS[i % len(COLOURS)]} thing, number {i // 2}"
         row = {"prompt": prompt, "image_0": names[0], "image_1": names[1], "label": label}
+        row |= {f"rating_{side}": f"{1 + 4 * redness[side]:.2f}" for side in (0, 1)}
         rows.append({**row, "weight": 1 / (1 + i % 3), "source": "ab"[i % 2]})
     with (folder / "choices.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))

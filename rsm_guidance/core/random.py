@@ -128,10 +128,6 @@ class RandomStreams:
         """One number in [0, 1)."""
         return self.uniforms(row, 1, *path).item()
 
-    def beta(self, row: int, a: float, b: float, *path: Name) -> float:
-        """A number in [0, 1] of the beta law of a and b."""
-        return float(_PHILOX.stream((self.seed, *self.names[row], *path)).beta(a, b))
-
     def uniforms(self, row: int, count: int, *path: Name) -> Tensor:
         """Float64 numbers [count] in [0, 1)."""
         return torch.from_numpy(_PHILOX.stream((self.seed, *self.names[row], *path)).random(count))

@@ -46,6 +46,8 @@ def test_paths_part_at_their_level_and_lead_to_the_finals(stock: StableDiffusion
     shared = groups.outcomes(rows, torch.tensor([max(0, level - 1)] * 2))
     if level:
         assert torch.equal(shared, groups.scores.mean(1, keepdim=True).expand(2, 3)), "of states before: the mean"
+        first = groups.outcomes(rows, torch.tensor([0, 0]), completions=1)
+        assert torch.equal(first, groups.scores[:, :1].expand(2, 3)), "or that of some"
     assert torch.equal(groups.outcomes(rows, torch.tensor([level, 3])), groups.scores), "of others: their own"
 
 

@@ -83,6 +83,8 @@ class ShapesRewardConfig:
         object_weight: weight of the auxiliary per-token prediction of what the finished image holds; none with a frozen
             backbone, which it could not teach.
         value_weight: weight of the cross-entropy of the score that a latent ends in; 0 for none, as a scalar model needs.
+        completions: of a latent that several finished samples come from, how many the mean score is of that it learns; default
+            all.
         init_from: folder or hub id of a finished reward model, whose tensors are taken over where names and shapes are the same;
             not for going on with an interrupted run.
         evaluate_every: updates between validations; the best checkpoint by mean accuracy is kept.
@@ -109,13 +111,14 @@ class ShapesRewardConfig:
     sibling_weight: float = 1.0
     object_weight: float = 1.0
     value_weight: float = 1.0
+    completions: int | None = None
     init_from: str | None = None
     evaluate_every: int = 250
     seed: int = 0
 
     def __post_init__(self) -> None:
         counts = ("prompts", "validation_prompts", "steps", "batch_groups", "evaluate_every", "blocks", "lora_rank")
-        for name in (*counts, "head_width"):
+        for name in (*counts, "head_width", "completions"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1; got {getattr(self, name)}")
         for name in ("lr", "weight_decay", "sibling_weight", "object_weight", "value_weight"):

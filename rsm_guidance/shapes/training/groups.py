@@ -68,11 +68,14 @@ class BranchGroups:
         """The children [R, K, C, H, W] of groups rows [R]."""
         return self.paths[rows, :, self.branched[rows]]
 
-    def outcomes(self, rows: Tensor, levels: Tensor) -> Tensor:
-        """What became [R, K] of latents of `paths` at levels [R]: the score, before the branching the mean of the group's."""
+    def outcomes(self, rows: Tensor, levels: Tensor, completions: int | None = None) -> Tensor:
+        """What became [R, K] of latents of `paths` at levels [R]: the score, before the branching the mean of the group's.
+
+        That mean is of the first `completions`, by default of all.
+        """
         scores = self.scores[rows]
         shared = (levels < self.branched[rows])[:, None]
-        return torch.where(shared, scores.mean(1, keepdim=True), scores)
+        return torch.where(shared, scores[:, :completions].mean(1, keepdim=True), scores)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything but the prompts, by name."""

@@ -48,12 +48,14 @@ class Preferences(nn.Module):
         sibling_weight: float,
         object_weight: float,
         value_weight: float,
+        completions: int | None = None,
     ) -> None:
         super().__init__()
         self.drm = drm
         self.objects = ObjectHead(drm.trunk.widths.image[-1]).to(drm.pipe.device) if object_weight else None
         self.groups, self.renders = groups, renders
         self.sibling_weight, self.object_weight, self.value_weight = sibling_weight, object_weight, value_weight
+        self.completions = completions
 
     def forward(self, rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Losses: "renoised", "siblings", "rendered", and "values" and "objects" where they are learnt."""
@@ -96,7 +98,7 @@ class Preferences(nn.Module):
         earlier = (u[4] * branched.clamp(min=1)).long()  # of those that branch at level 0 one of K initial noises
         wrong = 1 + (u[5] * (self.renders.latents.shape[1] - 1)).long()
         renders = torch.stack([torch.zeros_like(wrong), wrong], 1)
-        stem_score = groups.outcomes(rows, earlier)[:, :1]
+        stem_score = groups.outcomes(rows, earlier, self.completions)[:, :1]
         seen, shown = groups.labels[rows], self.renders.labels[rows[:, None], renders]
         parts = [
             (renoise(groups.finals[rows].float(), final_level, generator), final_level, groups.scores[rows], seen),

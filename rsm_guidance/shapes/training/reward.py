@@ -146,7 +146,9 @@ def build_objective(pipe: DiffusionPipeline, data: RewardData, config: ShapesRew
     with torch.no_grad():  # text features are kept, and round as their batch does: a resumed run is to find the same
         drm.score(data.train.finals[:, 0].float(), 0.0, data.train.prompts)
     object_weight = 0.0 if config.adaptation == "frozen" else config.object_weight
-    objective = Preferences(drm, data.train, data.renders, config.sibling_weight, object_weight, config.value_weight)
+    objective = Preferences(
+        drm, data.train, data.renders, config.sibling_weight, object_weight, config.value_weight, config.completions
+    )
     freeze_unreached(objective, objective(torch.arange(1), generator_of("probe"))["loss"])
     return objective
 

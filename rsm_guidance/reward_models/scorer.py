@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rsm_guidance.reward_models.blocks import Grid
@@ -26,12 +27,19 @@ class LatentScorer(nn.Module):
         return features.to(next(self.head.parameters()).dtype)
 
     def forward(self, arguments: dict[str, Any], grid: Grid) -> Tensor:
-        """Raw numbers, [B] of a scalar output and [B, channels] of others, from what `DiffusionRewardModel.inputs` returns."""
-        return _squeezed(self.head(*self.read(arguments, grid)))
+        """Raw numbers, [B] of a scalar output and [B, channels] of others, from what `DiffusionRewardModel.inputs` returns.
+
+        Under autocast the head computes in its own precision: it costs little, and bfloat16 would make ties of close scores.
+        """
+        read = self.read(arguments, grid)
+        with torch.autocast(read.tokens.device.type, enabled=False):
+            return _squeezed(self.head(*read))
 
     def together(self, shown: list[tuple[dict[str, Any], Grid]]) -> list[Tensor]:
         """Raw numbers of the same samples at several noise levels: one answer for each, or a single one for all."""
-        return [_squeezed(raw) for raw in self.head.together([self.read(*inputs) for inputs in shown])]
+        read = [self.read(*inputs) for inputs in shown]
+        with torch.autocast(read[0].tokens.device.type, enabled=False):
+            return [_squeezed(raw) for raw in self.head.together(read)]
 
 
 def _squeezed(raw: Tensor) -> Tensor:

@@ -138,7 +138,7 @@ def test_cps_keeps_no_marginals_however_many_levels(tmp_path: Path) -> None:
 
 
 def test_damping_on_mixtures_and_the_gap_on_the_embedded_model(tmp_path: Path) -> None:
-    config = Guidance(tmp_path / "x.json", ("random",), 300, 1, (1.0,), (2.0,), 12, batch_size=1)
+    config = Guidance(tmp_path / "x.json", ("random",), 300, 3, (1.0,), (2.0,), 12, batch_size=3)
     result = run_guidance(config)
     for cell in result["mixtures"]:
         assert abs(cell["plug-in, damped"][0]) < abs(cell["plug-in"][0]) < abs(cell["unguided"][0])

@@ -1,6 +1,7 @@
 """The command line: real commands, files it writes, and one clear sentence with exit code 2 on bad input."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -342,7 +343,7 @@ def test_benchmark_engine_writes_ratios(tmp_path: Path, capsys: pytest.CaptureFi
     main(["benchmark", "engine", *options])
     [paths] = [m["paths"] for m in json.loads(out.read_text())["models"]]
     assert paths["stock"]["ratio"] == 1 and len(paths) == 5
-    assert all(p["seconds_per_step"] > 0 and p["peak_memory_bytes"] > 1e8 for p in paths.values())
+    assert all(math.isfinite(p["seconds_per_step"]) and p["peak_memory_bytes"] > 1e8 for p in paths.values())
     shown = capsys.readouterr().out
     assert "| stepwise, K=1 |" in shown and "| stepwise, K=3, DRM to the middle |" in shown
     for options, words in (

@@ -249,16 +249,16 @@ def test_an_interrupted_climb_returns_the_best_so_far(when: int) -> None:
 
 def test_through_the_pipeline(guided: DiffusionPipeline, drm: rg.DiffusionRewardModel) -> None:
     call = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "np", "seed": 1}
-    prompts = ["two red circles and a blue square", "a red star"]
+    prompts = ["two red circles and a blue square", "three blue crosses"]  # "a red star" has the highest score at once
     plain = guided(prompt=prompts, sampler=rg.Unguided(ODE), reward=drm, **call)
     none = guided(prompt=prompts, sampler=NoiseOptimization(0), reward=drm, **call)
     assert np.array_equal(none.images, plain.images)
-    climbed = guided(prompt=prompts, sampler=NoiseOptimization(3), reward=drm, **call)
+    climbed = guided(prompt=prompts, sampler=NoiseOptimization(6), reward=drm, **call)
     assert all(a > b for a, b in zip(climbed.rewards, plain.rewards, strict=True))
     estimated = guided(prompt=prompts, sampler=NoiseOptimization(2, gradient="zeroth-order"), reward=smooth_, **call)
     base = guided(prompt=prompts, sampler=rg.Unguided(ODE), reward=smooth_, **call)
     assert sum(estimated.rewards) > sum(base.rewards)
-    alone = guided(prompt=prompts[1:], sampler=NoiseOptimization(3), reward=drm, **call)
+    alone = guided(prompt=prompts[1:], sampler=NoiseOptimization(6), reward=drm, **call)
     assert np.abs(alone.images[0] - climbed.images[1]).max() < 0.02
 
 

@@ -116,7 +116,10 @@ def terminated_as_interrupted() -> Iterator[Callable[[], int]]:
 
     def terminate(number: int, frame: object) -> None:
         came.append(signal.SIGTERM)
-        signal.raise_signal(signal.SIGINT)
+        interrupt = signal.getsignal(signal.SIGINT)
+        if not callable(interrupt):  # a job in the background of a script is started with Ctrl-C ignored
+            raise KeyboardInterrupt
+        interrupt(signal.SIGINT, None)
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: came[-1]

@@ -61,14 +61,18 @@ JOBS = {
 }  # fmt: skip
 
 
-def start(job: Job, folder: Path) -> "subprocess.Popen[str]":
-    """The command in a process of its own."""
+def start(job: Job, folder: Path, ignored: bool = False) -> "subprocess.Popen[str]":
+    """The command in a process of its own, which may be told to ignore Ctrl-C, whatever this one is told."""
     folder.mkdir(exist_ok=True)
     (folder / "tiny.yaml").write_text(TINY)
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), env.get("PYTHONPATH", "")])
     words = [sys.executable, "-m", "rsm_guidance", *job.words]
-    return subprocess.Popen(words, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    held = signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler)
+    try:
+        return subprocess.Popen(words, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, held)
 
 
 def finish(process: "subprocess.Popen[str]") -> str:

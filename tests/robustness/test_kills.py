@@ -58,9 +58,10 @@ def test_signals_end_long_runs_whole_and_they_go_on(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
-def test_signals_keep_the_best_so_far_of_a_sampler(number: signal.Signals, tmp_path: Path) -> None:
-    process = start(LONG, tmp_path)
+@pytest.mark.parametrize(("number", "ignored"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
+def test_signals_keep_the_best_so_far_of_a_sampler(number: signal.Signals, ignored: bool, tmp_path: Path) -> None:
+    """SIGTERM even where Ctrl-C is ignored, as in the background of a script."""
+    process = start(LONG, tmp_path, ignored)
     time.sleep(6)  # by when some candidates are finished
     process.send_signal(number)
     error = process.communicate(timeout=60)[1]

@@ -15,7 +15,8 @@ from diffusers import (
 from scipy.stats import beta, kstest, norm, uniform
 
 from rsm_guidance.core.contracts import UsageError
-from rsm_guidance.training.reward_model import LEVEL_LAWS, LevelTable, level_table, noised
+from rsm_guidance.reward_models.levels import LevelTable, level_table, noised
+from rsm_guidance.training.reward_model.levels import LEVEL_LAWS
 from rsm_guidance.training.reward_model.noise import pair_noise
 
 COUNT = 4000

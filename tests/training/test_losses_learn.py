@@ -6,16 +6,9 @@ from torch import Tensor
 
 from rsm_guidance.reward_models import DiffusionRewardModel, RewardOutput
 from rsm_guidance.reward_models.heads import Features
-from rsm_guidance.training.reward_model import (
-    LEVEL_LAWS,
-    LOSSES,
-    NEEDS_ORDINAL,
-    PairLabel,
-    informs,
-    level_table,
-    noised,
-    weighted_mean,
-)
+from rsm_guidance.reward_models.levels import level_table, noised
+from rsm_guidance.training.reward_model.levels import LEVEL_LAWS
+from rsm_guidance.training.reward_model.losses import LOSSES, NEEDS_ORDINAL, PairLabel, informs, weighted_mean
 from tests.zoo import ZOO
 
 PAIRS, TRAINED, TIE = 320, 224, 0.15

@@ -12,8 +12,15 @@ from torch import Tensor
 
 from rsm_guidance.core.contracts import UsageError
 from rsm_guidance.reward_models.outputs import RewardOutput, gaussian, ordinal, scalar
-from rsm_guidance.training.reward_model import LOSSES, NEEDS_ORDINAL, PairLabel, informs, weighted_mean
-from rsm_guidance.training.reward_model.losses import log_order, rating_distribution
+from rsm_guidance.training.reward_model.losses import (
+    LOSSES,
+    NEEDS_ORDINAL,
+    PairLabel,
+    informs,
+    log_order,
+    rating_distribution,
+    weighted_mean,
+)
 
 RATINGS = (1.0, 2.0, 4.0, 5.0)
 

@@ -1,5 +1,6 @@
 """From a folder of images and a CSV of choices to a guided image, by the commands of the documentation."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -70,5 +71,5 @@ def test_choices_become_a_reward_that_guides(
     names = [f"my_data/images/2_{side}.png" for side in (0, 1)]
     main(["score", *names, "--prompt", "a blue thing", "--reward", "./drm"])
     first, second = [json.loads(line)["score"] for line in capsys.readouterr().out.splitlines()]
-    rows = Path("my_data/choices.csv").read_text().splitlines()
-    assert (second > first) == (rows[3].split(",")[-3] == "1")
+    rows = list(csv.DictReader(Path("my_data/choices.csv").read_text().splitlines()))
+    assert (second > first) == (rows[2]["label"] == "1")

@@ -7,7 +7,7 @@ import pytest
 
 from tests.robustness.arguments import run
 
-COUNT = int(os.environ.get("RSM_ROBUSTNESS", "0")) or 200
+COUNT = int(os.environ.get("RSM_ROBUSTNESS", "0")) or 120
 
 
 @pytest.mark.slow

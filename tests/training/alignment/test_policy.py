@@ -14,7 +14,7 @@ from rsm_guidance.training.alignment.lora_file import FILE, load_lora, lora_tens
 from rsm_guidance.training.alignment.policy import Policy
 from tests.zoo import ZOO
 
-FAMILIES = ("sd15", "sdxl", "sd3", "flux", "qwen", "wan")
+FAMILIES = ("sd15", "sdxl", "sd3", "flux", "qwenimage", "wan")
 
 
 def moved(pipe: Any, seed: int = 1, **settings: Any) -> Policy:

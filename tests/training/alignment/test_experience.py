@@ -28,7 +28,7 @@ def rolled(name: str, transition: str, **options: Any) -> tuple[Any, Replay, Any
 
 @pytest.mark.parametrize(
     ("name", "transition"),
-    [("sd15", "ddim 1"), ("sdxl", "ddim 0.5"), ("sd3", "flow_sde 0.7"), ("flux", "cps 0.9"), ("wan", "flow_sde 0.7")],
+    [("sd15", "ddim 1"), ("sdxl", "ddim 1"), ("sd3", "flow_sde 0.7"), ("flux", "cps 0.9"), ("wan", "flow_sde 0.7")],
 )
 def test_the_ratio_is_1_on_policy_whatever_the_micro_batch(name: str, transition: str) -> None:
     rollout, replay, schedule = rolled(name, transition, group=3)

@@ -50,9 +50,9 @@ class StepGeometry:
 
     @property
     def gamma(self) -> float:
-        """S^2 / |dmu / ds| for the score s; infinite at pure noise, where the score does not depend on the model."""
-        score = self.sigma / self.alpha if self.flow and self.alpha else self.sigma if not self.flow else math.inf
-        return self.std**2 / (self.response * score) if math.isfinite(score) else 0.0
+        """S^2 / |dmu / ds|, where s = -eps / sigma; 0 at a flow's pure noise, where the model does not tell the score."""
+        prediction = self.sigma / (self.alpha if self.flow else 1.0) if self.alpha else math.inf  # of a unit of score
+        return self.std**2 / (self.response * prediction)
 
 
 def geometry(transition: GaussianTransition, schedule: NoiseSchedule, level: int, target: int) -> StepGeometry:

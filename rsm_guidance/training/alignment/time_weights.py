@@ -21,7 +21,7 @@ was drawn, S = sigma sqrt(D) and W from `levels`.  A weight is four numbers: `sh
 | `huber` | t sqrt(l) | AWM |
 | `ghuber` | (t / p) ((l + 1e-10)^p - 1e-10^p), p = 0.25 | AWM's default |
 | `snr` | min(alpha^2 / sigma^2, cap) l | Min-SNR, 2303.09556, whose cap is 5 |
-| `adaptive` | t l / sg mean abs(v - u) | DiffusionNFT, 2509.16117: its x0 loss over its own error |
+| `adaptive` | l / sg mean abs(v - u) | CRD, 2603.14128; times t it is DiffusionNFT's, which has two branches (`forms.forward.nft`) |
 
 The realised strength h is what multiplies grad_x V in the expected gradient of the loss by the prediction: for reverse matching
 response * shift * inner * outer (E[V(x') e] = S grad V), for forward matching 2 dcost/dl * sigma / alpha of a flow, since
@@ -96,7 +96,7 @@ def forward_cost(
     error = velocity - target.to(velocity)
     squared = error.square().flatten(1).mean(1)
     if name == "adaptive":
-        return sigma.to(squared) * squared / error.detach().abs().flatten(1).mean(1).clamp(min=1e-5)
+        return squared / error.detach().abs().flatten(1).mean(1).clamp(min=1e-5)
     return cost_of(name, squared, alpha, sigma, p, cap)
 
 

@@ -32,7 +32,7 @@ def value_ratio(process: Tensor) -> Tensor:
     Raises:
         ValueError: for values of mixed sign or zero mean, where the ratio has no meaning.
     """
-    if not bool(((process > 0).all() | (process < 0).all())):
+    if not bool((process > 0).all() | (process < 0).all()):
         raise ValueError(
             "the ratio of process values Q_s / mean Q needs rewards of one sign; shift the reward to be positive, or choose "
             "the estimator 'completion-difference'"

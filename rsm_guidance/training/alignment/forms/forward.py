@@ -139,7 +139,7 @@ def ram(rewards: Tensor, groups: Tensor, temperature: float, baseline: bool = Tr
     """(r - b) / lambda, held to the reference with weight 1.
 
     b is the group's mean: on policy E[u - v | x_t] = 0, so it leaves the expectation and takes variance away.  The fixed
-    point v - v_ref = -Cov(R, v - u | x_t) is the exact tilt for linear rewards; quadratic ones are under-tilted at high noise.
+    point v - v_ref = Cov(R, u | x_t) is the exact tilt for linear rewards; quadratic ones are under-tilted at high noise.
     """
     r = rewards.double()
     return plain((r - group_mean(r, groups) if baseline else r) / temperature, 1.0)

@@ -243,6 +243,11 @@ class FormConfig:
         return "forward" if self.name in FORWARD else "implicit" if self.name in IMPLICIT else "reverse"
 
     @property
+    def whole_groups(self) -> bool:
+        """Whether the loss compares samples, so that a micro-batch must hold whole groups at one level and with one noise."""
+        return self.name in ("crd", "dgpo", *IMPLICIT)
+
+    @property
     def needs(self) -> tuple[str, ...]:
         """Constants without which it has no meaning."""
         optional = ("top_weight", "gate")

@@ -57,6 +57,24 @@ def coefficients(config: AlignConfig, rewards: Tensor, advantage: Tensor, groups
     return advantage
 
 
+@dataclass(frozen=True)
+class Holds:
+    """Velocities [R, ...] that the policy's is held to, where the configuration asks for it.
+
+    Attributes:
+        reference: the base model's.
+        proximal: those of what `trust.proximal` names.
+        rows: which rows [R] are held to the reference; all by default (GARDO, `trust_regions.uncertain`).
+    """
+
+    reference: Tensor | None = None
+    proximal: Tensor | None = None
+    rows: Tensor | None = None
+
+
+FREE = Holds()
+
+
 def reverse_loss(
     config: AlignConfig,
     step: StepGeometry,
@@ -65,7 +83,8 @@ def reverse_loss(
     reached: Tensor,
     advantage: Tensor,
     reference: Gaussian | None = None,
-    held: Tensor | None = None,
+    velocity: Tensor | None = None,
+    holds: Holds = FREE,
 ) -> Terms:
     """Loss of recorded steps of one level.
 
@@ -75,7 +94,8 @@ def reverse_loss(
         new, old, reference: laws of the next latents under the policy, the one that sampled, and the base model.
         reached: next latents [R, ...] as they were stored.
         advantage: [R].
-        held: which rows [R] are held to the reference; all by default.
+        velocity: the policy's [R, ...], with gradient; needed where velocities are held.
+        holds: to what.
     """
     t, scale = config.trust, step_scale(config.weight, step, config.trust.region)  # type: ignore[arg-type]
     change = step_log_ratio(new, old, reached, scale)
@@ -93,10 +113,12 @@ def reverse_loss(
     if t.region in ("ratio", "hinge"):
         log["clipped"] = trust.clipped(change.detach(), a, t.clip or 0.0).to(change)
     loss = scale.outer * loss
-    if t.reference == "mean" and reference is not None and t.denominator is not None:
+    if t.reference == "mean" and t.denominator is not None:
+        if reference is None:
+            raise ValueError("this configuration holds means to those of the base model: give its law as `reference`")
         hold = trust.mean_penalty(new.mean, reference.mean, step, t.denominator)
-        loss, log["reference"] = _held(loss, hold, t.reference_weight, held)
-    return Terms(loss, log)
+        loss, log["reference"] = _held(loss, hold, t.reference_weight, holds.rows)
+    return Terms(_velocities_held(config, loss, velocity, holds, log), log)
 
 
 @dataclass(frozen=True)
@@ -110,9 +132,7 @@ class Matched:
         coefficient: of each row's sample [R]; see `coefficients`.
         groups: dense group numbers [R].
         old: the velocity of the policy that sampled; needed by awm, nft and crd, where the policy has moved.
-        reference: the base model's; needed by dgpo, holds to it and the norm's.
-        proximal: what `trust.proximal` names.
-        held: which rows [R] are held to the reference; all by default.
+        holds: what else it is held to; dgpo reads the reference, too.
     """
 
     velocity: Tensor
@@ -122,31 +142,42 @@ class Matched:
     coefficient: Tensor
     groups: Tensor
     old: Tensor | None = None
-    reference: Tensor | None = None
-    proximal: Tensor | None = None
-    held: Tensor | None = None
+    holds: Holds = FREE
 
 
 def forward_loss(config: AlignConfig, rows: Matched) -> Terms:
     """Loss of samples noised again.  Without `old` the policy is taken to be the one that sampled."""
-    t, v = config.trust, rows.velocity
+    v = rows.velocity
     old = v.detach() if rows.old is None else rows.old
     loss, cost = _matched(config, rows, old)
     log = {"cost": cost.detach(), "distance": forward.squared_distance(v.detach(), old)}
+    good = rows.coefficient if config.form.name in ("nft", "crd") else optimality(rows.coefficient)
+    return Terms(_velocities_held(config, loss, v, rows.holds, log, good), log)
+
+
+def _velocities_held(
+    config: AlignConfig,
+    loss: Tensor,
+    velocity: Tensor | None,
+    holds: Holds,
+    log: dict[str, Tensor],
+    good: Tensor | None = None,
+) -> Tensor:
+    """The loss with all holds of velocities that the configuration names, which are logged."""
+    t = config.trust
     if t.proximal != "none":
-        loss, log["proximal"] = _held(
-            loss, trust.velocity_penalty(v, _needed(rows.proximal, "proximal")), t.proximal_weight
-        )
+        v, to = _needed(velocity, "policy's"), _needed(holds.proximal, "proximal")
+        loss, log["proximal"] = _held(loss, trust.velocity_penalty(v, to), t.proximal_weight)
     if t.reference == "velocity":
-        hold = trust.velocity_penalty(v, _needed(rows.reference, "reference"))
-        if t.reference_least < 1:
-            good = rows.coefficient if config.form.name in ("nft", "crd") else optimality(rows.coefficient)
+        v, to = _needed(velocity, "policy's"), _needed(holds.reference, "reference")
+        hold = trust.velocity_penalty(v, to)
+        if t.reference_least < 1 and good is not None:
             hold = trust.adaptive_reference(hold, good, t.reference_least)
-        loss, log["reference"] = _held(loss, hold, t.reference_weight, rows.held)
+        loss, log["reference"] = _held(loss, hold, t.reference_weight, holds.rows)
     if t.norm_weight:
-        excess = trust.norm_hinge(v, _needed(rows.reference, "reference"), t.norm_margin)
-        loss, log["norm"] = _held(loss, excess, t.norm_weight)
-    return Terms(loss, log)
+        v, to = _needed(velocity, "policy's"), _needed(holds.reference, "reference")
+        loss, log["norm"] = _held(loss, trust.norm_hinge(v, to, t.norm_margin), t.norm_weight)
+    return loss
 
 
 def _matched(config: AlignConfig, rows: Matched, old: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,7 +201,7 @@ def _matched(config: AlignConfig, rows: Matched, old: Tensor) -> tuple[Tensor, T
     elif form.name == "crd":
         pull = forward.crd(c, cost, before, rows.groups, strength, config.advantage.clip or 1.0)
     elif form.name == "dgpo":
-        pull = forward.dgpo(c, cost, cost_at(_needed(rows.reference, "reference")), rows.groups, strength)
+        pull = forward.dgpo(c, cost, cost_at(_needed(rows.holds.reference, "reference")), rows.groups, strength)
     else:
         pull = forward.plain(c)
     return forward.forward_match(cost, before, pull), cost
@@ -233,5 +264,5 @@ def _held(loss: Tensor, penalty: Tensor, weight: float | None, rows: Tensor | No
 
 def _needed(velocity: Tensor | None, name: str) -> Tensor:
     if velocity is None:
-        raise ValueError(f"this configuration needs the {name} velocity of every row; evaluate it without gradient")
+        raise ValueError(f"this configuration needs the {name} velocity of every row")
     return velocity

@@ -87,6 +87,14 @@ def _rollout(c: Point) -> Rules:
         f"rollout.children belong to branches, tree and candidates; rollout.kind is {r.kind!r}",
     )
     yield (
+        len(r.children) == r.steps and r.children[-1] > 0,
+        f"the last of {r.steps} steps draws no noise, so no children can part there: give at most {r.steps - 1} rollout.children",
+    )
+    yield (
+        r.window is not None and r.window[0] == r.steps - 1,
+        f"the last of {r.steps} steps draws no noise, so rollout.window must begin before it; got {list(r.window or ())}",
+    )
+    yield (
         r.noise_slope is not None and r.kind != "tree",
         f"rollout.noise_slope raises the noise with the depth of a tree; rollout.kind is {r.kind!r}",
     )
@@ -290,6 +298,11 @@ def _trust(c: Point) -> Rules:
     yield (
         t.anchors and (c.rollout.kind != "branches" or t.reference == "none"),
         "trust.anchors holds steps without branches to the reference: it needs rollout.kind='branches' and trust.reference",
+    )
+    yield (
+        family == "implicit" and (t.reference != "none" or t.proximal != "none" or t.norm_weight > 0),
+        f"the form {c.form.name!r} is held to the reference by form.implicit_strength; leave trust.reference, proximal and "
+        "norm_weight out",
     )
     gardo = t.gate is not None or bool(t.gate_rewards) or t.reset_every is not None or t.reset_at is not None
     yield (

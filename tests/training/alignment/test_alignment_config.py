@@ -14,39 +14,10 @@ from rsm_guidance.core.errors import UsageError
 from rsm_guidance.io.config import build_config
 from rsm_guidance.training.alignment.config import AlignConfig
 from rsm_guidance.training.alignment.read import merge, preset, presets, read_align
+from tests.training.alignment.worlds import chosen, nested
 
 NAMES = """step-grpo flow-grpo flow-grpo-fast mix-grpo dance-grpo tempflow-grpo grpo-guard branch-grpo dense-grpo tp-grpo vgpo
 dynamic-tree-rpo ddpo rsm-zeroth diffusion-nft awm crd ram gdro dpo flow-dpo rwr raft p-graft prdp lpo gardo""".split()
-
-OPEN: dict[str, Any] = {
-    "estimator.discount": 0.9,
-    "advantage.absolute": 0.5,
-    "reward_sign": "positive",
-    "rollout.noise_slope": 0.5,
-    "form.implicit_strength": 1.0,
-    "form.temperature": 0.5,
-    "form.levels": 4,
-    "form.lowest": 0.5,
-    "trust.clip": 0.1,
-    "trust.gate": 0.1,
-    "trust.gate_rewards": ["other"],
-}
-"""Values for what presets leave open."""
-
-
-def nested(path: str, value: Any) -> dict[str, Any]:
-    *outer, last = path.split(".")
-    found: dict[str, Any] = {last: value}
-    for name in reversed(outer):
-        found = {name: found}
-    return found
-
-
-def chosen(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for path in preset(name).get("required", ()):
-        found = merge(found, nested(path, OPEN[path]))
-    return found
 
 
 def test_every_preset_of_the_list_is_there() -> None:
@@ -139,6 +110,12 @@ REFUSED = [
     (SDE | {"colour": 1}, "no option 'colour'"),
     (SDE | {"rollout": {"kind": "sde", "childrn": [2]}}, "did you mean 'rollout.children'"),
     (SDE | {"trust": {"gate": 0.1}}, "hold to the reference"),
+    ({"rollout": {"kind": "tree", "steps": 3, "children": [2, 2, 2]}}, "last of 3 steps"),
+    ({"rollout": {"kind": "window", "steps": 5, "window": [4, 1]}}, "last of 5 steps"),
+    (
+        {"rollout": {"kind": "data"}, "form": {"name": "dpo", "implicit_strength": 1.0}, "trust": {"norm_weight": 1.0}},
+        "by form.implicit_strength",
+    ),
     (SDE | {"reward_weights": [1.0, 2.0]}, "2 weights for 1"),
 ]  # fmt: skip
 

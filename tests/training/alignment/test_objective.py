@@ -11,6 +11,7 @@ from rsm_guidance.core.transitions import Gaussian, parse_transition
 from rsm_guidance.training.alignment.config import AlignConfig
 from rsm_guidance.training.alignment.levels import geometry
 from rsm_guidance.training.alignment.objective import (
+    Holds,
     Matched,
     coefficients,
     forward_loss,
@@ -19,7 +20,7 @@ from rsm_guidance.training.alignment.objective import (
     strengths,
 )
 from rsm_guidance.training.alignment.read import presets, read_align
-from tests.training.alignment.test_alignment_config import chosen
+from tests.training.alignment.worlds import chosen
 
 R, D = 6, 5
 GROUPS = torch.arange(R) // 2
@@ -75,16 +76,28 @@ def test_holds_of_policy_gradients_change_gradients(name: str) -> None:
     found = []
     for held in (torch.ones(R, dtype=torch.bool), torch.arange(R) < 3):
         change = torch.full((R, D), 0.01, dtype=torch.float64, requires_grad=True)
-        terms = reverse_loss(config, step, law(change), old, reached, 0 * ADVANTAGE, law(0.0), held)
+        terms = reverse_loss(config, step, law(change), old, reached, 0 * ADVANTAGE, law(0.0), holds=Holds(rows=held))
         found.append(torch.autograd.grad(terms.loss.sum(), change)[0])
     assert found[0].abs().min() > 0
     assert torch.equal(found[1][:3], found[0][:3]) and (found[1][3:] == 0).all()
 
 
+def test_velocities_of_policy_gradients_can_be_held_too() -> None:
+    hold = {"reference": "velocity", "denominator": None, "reference_weight": 2.0, "norm_weight": 1.0}
+    config = load("flow-grpo", trust=hold)
+    step, law, old, reached, _ = recorded(config)
+    v = torch.full((R, D), 2.0, dtype=torch.float64, requires_grad=True)
+    holds = Holds(reference=torch.ones(R, D, dtype=torch.float64))
+    terms = reverse_loss(config, step, old, old, reached, 0 * ADVANTAGE, velocity=v, holds=holds)
+    assert terms.loss.tolist() == pytest.approx([2 * 1 + 1.0] * R)
+    with pytest.raises(ValueError, match="reference velocity"):
+        reverse_loss(config, step, old, old, reached, 0 * ADVANTAGE, velocity=v)
+
+
 def matched(config: AlignConfig, velocity: Tensor, old: Tensor, rewards: Tensor) -> Matched:
     sigma = torch.linspace(0.2, 0.8, 3, dtype=torch.float64).repeat_interleave(2)
     c = coefficients(config, rewards, ADVANTAGE, GROUPS)
-    return Matched(velocity, normal(4, R, D), 1 - sigma, sigma, c, GROUPS, old, old, old)
+    return Matched(velocity, normal(4, R, D), 1 - sigma, sigma, c, GROUPS, old, Holds(old, old))
 
 
 @pytest.mark.parametrize("name", configs("forward"))
@@ -111,7 +124,7 @@ def test_micro_batches_change_nothing(name: str) -> None:
     for index in torch.arange(R).split(size):
         part = Matched(
             v[index], rows.target[index], rows.alpha[index], rows.sigma[index], rows.coefficient[index],
-            torch.zeros(len(index), dtype=torch.int64), old[index], old[index], old[index],
+            torch.zeros(len(index), dtype=torch.int64), old[index], Holds(old[index], old[index]),
         )  # fmt: skip
         parts += torch.autograd.grad(forward_loss(config, part).loss.sum(), v, retain_graph=True)[0]
     assert torch.allclose(parts, whole)

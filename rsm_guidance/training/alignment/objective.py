@@ -6,7 +6,8 @@ rows of a micro-batch and under gradient, one of
 
 - `reverse_loss`: rows are recorded steps, of one level,
 - `forward_loss`: rows are samples noised again, at any levels,
-- `implicit_loss`: groups of samples noised again with one noise and level.
+- `implicit_loss`: groups of samples noised again with one noise and level,
+- `path_loss`, `step_pair_loss`: log-ratios of whole paths (prdp), of children of one state (lpo).
 
 A loss is one number a row (or group); the trainer divides their sum by the rows of the whole update, not of the micro-batch.
 """
@@ -221,6 +222,29 @@ def implicit_loss(config: AlignConfig, errors: Tensor, reference: Tensor, reward
         return Terms(implicit.dpo(winner, loser), log)
     loss = implicit.gdro(implied, rewards, form.temperature or 1.0)
     return Terms(loss + (form.top_weight or 0.0) * errors.gather(1, best)[:, 0], log)
+
+
+def path_loss(config: AlignConfig, steps: Tensor, old: Tensor, rewards: Tensor) -> Terms:
+    """Loss [G] of prdp, from log-ratios to the base model [G, k, S] of every step of k paths, under the policy and the one
+    that sampled, and rewards [G, k].  Log-ratios are means over dimensions, as everywhere here.
+    """
+    kept = implicit.clip_path(steps, old.detach(), config.trust.clip or 0.0)
+    loss = implicit.prdp(steps.sum(2), rewards, config.form.implicit_strength or 1.0, kept)
+    return Terms(loss, {"implied": steps.detach().sum(2).mean(1)})
+
+
+def step_pair_loss(config: AlignConfig, log_ratios: Tensor, scores: Tensor, sigma: float) -> Terms:
+    """Loss [G] of lpo, from log-ratios to the base model and scores [G, K] of the children of G states at one level; 0 where
+    their scores differ too little.
+    """
+    form = config.form
+    best, worst = scores.argmax(1, keepdim=True), scores.argmin(1, keepdim=True)
+    winner, loser = log_ratios.gather(1, best)[:, 0], log_ratios.gather(1, worst)[:, 0]
+    loss = implicit.lpo(winner, loser, form.implicit_strength or 1.0, config.trust.clip or 0.0)
+    kept = torch.ones_like(loss, dtype=torch.bool)
+    if form.gate is not None:
+        kept = implicit.lpo_gate(scores, sigma, *form.gate)
+    return Terms(torch.where(kept, loss, 0.0), {"kept": kept.to(loss), "margin": (winner - loser).detach()})
 
 
 def strengths(

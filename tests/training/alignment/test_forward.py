@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from rsm_guidance.training.alignment.advantages import advantages, optimality
 from rsm_guidance.training.alignment.forms import forward as f
-from rsm_guidance.training.alignment.forms.implicit import dpo, implicit_reward
+from rsm_guidance.training.alignment.forms.implicit import dpo, gdro, implicit_reward
 from rsm_guidance.training.alignment.time_weights import forward_cost, forward_strength
 from rsm_guidance.training.alignment.trust_regions import norm_hinge, uncertain, velocity_penalty
 
@@ -227,3 +227,16 @@ def test_overrated_rows_are_those_that_only_the_main_reward_likes() -> None:
     others = torch.tensor([[0.0, 0.0], [1.0, 1.0], [3.0, 3.0], [2.0, 2.0]])
     assert uncertain(main, others, 0.5).tolist() == [False, False, False, True]
     assert not uncertain(main, main[:, None], 0.5).any()
+
+
+def test_gdro_of_two_is_dpo_of_twice_the_strength() -> None:
+    errors, reference = torch.rand(2, 4, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rewards = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 1.0], [0.0, 3.0]], dtype=torch.float64)
+    groups = gdro(implicit_reward(errors, reference, 3.0), rewards, 1e-3)
+    s = implicit_reward(errors, reference, 6.0).gather(1, rewards.argsort(1, descending=True))
+    assert torch.allclose(groups, dpo(s[:, 0], s[:, 1]))
+
+
+def test_swapping_winner_and_loser_negates_the_inner_term() -> None:
+    s = torch.randn(5, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert torch.allclose(dpo(s[:, 0], s[:, 1]) - dpo(s[:, 1], s[:, 0]), (s[:, 1] - s[:, 0]) / 2)  # log-odds

@@ -16,7 +16,9 @@ from rsm_guidance.training.alignment.objective import (
     coefficients,
     forward_loss,
     implicit_loss,
+    path_loss,
     reverse_loss,
+    step_pair_loss,
     strengths,
 )
 from rsm_guidance.training.alignment.read import presets, read_align
@@ -143,6 +145,32 @@ def test_pairs_and_groups(name: str) -> None:
     (gradient,) = torch.autograd.grad(terms.loss.sum(), errors)
     best, worst = rewards.argmax(1, keepdim=True), rewards.argmin(1, keepdim=True)
     assert (gradient.gather(1, best) > 0).all() and (gradient.gather(1, worst) < 0).all()
+
+
+def test_paths_regress_on_differences_of_rewards() -> None:
+    config = load("prdp")
+    rewards = torch.tensor([[3.0, 1.0]], dtype=torch.float64)
+    at = [[[0.1, 0.1], [0.0, 0.0]]]  # implies a difference of 0.2 = (3 - 1) / 10
+    right = torch.tensor(at, dtype=torch.float64, requires_grad=True)
+    assert float(path_loss(config, right, right, rewards).loss) == pytest.approx(0)
+    start = torch.zeros(1, 2, 2, dtype=torch.float64, requires_grad=True)
+    terms = path_loss(config, start, start, rewards)
+    assert float(terms.loss) == pytest.approx(0.04)
+    (gradient,) = torch.autograd.grad(terms.loss.sum(), start)
+    assert (gradient[0, 0] < 0).all() and (gradient[0, 1] > 0).all()
+    far = torch.tensor([[[0.5, 0.0], [0.0, 0.0]]], dtype=torch.float64, requires_grad=True)
+    clipped = path_loss(config, far, torch.zeros_like(far), rewards).loss  # 0.5 is cut to 0.1: the larger miss counts
+    assert float(clipped) == pytest.approx(0.09)
+
+
+def test_children_are_paired_where_scores_differ_enough() -> None:
+    config = load("lpo")
+    ratios = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
+    scores = torch.tensor([[0.0, 2.0, 1.0], [0.0, 0.1, 0.05]], dtype=torch.float64)
+    terms = step_pair_loss(config, ratios, scores, 0.5)
+    assert terms.loss.tolist() == pytest.approx([math.log(2), 0])
+    (gradient,) = torch.autograd.grad(terms.loss.sum(), ratios)
+    assert gradient.tolist() == [pytest.approx([250, -250, 0]), [0, 0, 0]]
 
 
 def test_a_missing_velocity_is_named() -> None:

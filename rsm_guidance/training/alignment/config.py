@@ -4,6 +4,7 @@ One method is one point: an estimator of value, how credits become advantages, a
 Points that have no meaning are refused here, with the reason; `presets` has the published ones.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -12,17 +13,103 @@ from rsm_guidance.core.errors import UsageError
 from rsm_guidance.training.alignment.rules import require_meaning
 from rsm_guidance.training.alignment.settings import (
     AdvantageConfig,
-    AlignOptimizerConfig,
     EstimatorConfig,
     FormConfig,
-    LoraConfig,
-    MethodConfig,
-    OldConfig,
     RolloutConfig,
     TimeConfig,
     TrustConfig,
     require_positive,
 )
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """Where a configuration comes from; it goes to the model card.
+
+    Attributes:
+        paper: title or name, and arXiv number.
+        source: what of the paper its constants were taken from.
+        ours: what is not the paper's.
+    """
+
+    paper: str = ""
+    source: Literal["", "code", "text", "notes", "summary"] = ""
+    ours: str = ""
+
+
+@dataclass(frozen=True)
+class OldConfig:
+    """The old policy and how it follows: after update s, old <- d old + (1 - d) policy, d = clamp(start + slope (s - after), 0, cap).
+
+    Attributes:
+        start, slope, cap: of the decay d; all 0 for a copy of the policy.
+        after: updates before the slope begins.
+        every: updates between two of its moves; null for once an epoch.
+    """
+
+    start: float = 0.0
+    slope: float = 0.0
+    cap: float = 0.0
+    after: int = 0
+    every: int | None = None
+
+    def __post_init__(self) -> None:
+        require_positive(self, "old.", "every")
+        if not (0 <= self.start <= self.cap < 1 and self.slope >= 0 and self.after >= 0):
+            raise UsageError(
+                f"old.start, cap and slope must obey 0 <= start <= cap < 1 and slope, after >= 0; got {self.start}, {self.cap}, "
+                f"{self.slope} and {self.after}"
+            )
+
+    def decay(self, update: int) -> float:
+        """d after so many updates."""
+        return min(self.start + self.slope * max(update - self.after, 0), self.cap)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """What is trained: a LoRA scaled by alpha / rank.
+
+    Attributes:
+        rank, alpha: alpha 0 for rank.
+        targets: names, or ends of names, of layers; default: those of the attention.
+        init: a finished LoRA file to start from; not for going on with an interrupted run.
+    """
+
+    rank: int = 32
+    alpha: float = 64.0
+    targets: tuple[str, ...] | None = None
+    init: Path | None = None
+
+    def __post_init__(self) -> None:
+        require_positive(self, "lora.", "rank")
+        if not 0 <= self.alpha < math.inf:
+            raise UsageError(f"lora.alpha must not be negative; got {self.alpha}")
+
+
+@dataclass(frozen=True)
+class AlignOptimizerConfig:
+    """AdamW.
+
+    Attributes:
+        lr, weight_decay, betas: as in torch.
+        warmup: updates over which the rate rises from 0.
+        max_grad_norm: where gradients are clipped.
+    """
+
+    lr: float = 3e-4
+    weight_decay: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup: int = 0
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_positive(self, "optimizer.", "lr", "max_grad_norm")
+        if self.weight_decay < 0 or self.warmup < 0 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UsageError(
+                "optimizer.weight_decay and optimizer.warmup must not be negative, and betas lie in [0, 1); got "
+                f"{self.weight_decay}, {self.warmup} and {list(self.betas)}"
+            )
 
 
 @dataclass(frozen=True)

@@ -152,15 +152,15 @@ def test_paths_regress_on_differences_of_rewards() -> None:
     rewards = torch.tensor([[3.0, 1.0]], dtype=torch.float64)
     at = [[[0.1, 0.1], [0.0, 0.0]]]  # implies a difference of 0.2 = (3 - 1) / 10
     right = torch.tensor(at, dtype=torch.float64, requires_grad=True)
-    assert float(path_loss(config, right, right, rewards).loss) == pytest.approx(0)
+    assert float(path_loss(config, right, right, rewards).loss.detach()) == pytest.approx(0)
     start = torch.zeros(1, 2, 2, dtype=torch.float64, requires_grad=True)
     terms = path_loss(config, start, start, rewards)
-    assert float(terms.loss) == pytest.approx(0.04)
+    assert float(terms.loss.detach()) == pytest.approx(0.04)
     (gradient,) = torch.autograd.grad(terms.loss.sum(), start)
     assert (gradient[0, 0] < 0).all() and (gradient[0, 1] > 0).all()
     far = torch.tensor([[[0.5, 0.0], [0.0, 0.0]]], dtype=torch.float64, requires_grad=True)
     clipped = path_loss(config, far, torch.zeros_like(far), rewards).loss  # 0.5 is cut to 0.1: the larger miss counts
-    assert float(clipped) == pytest.approx(0.09)
+    assert float(clipped.detach()) == pytest.approx(0.09)
 
 
 def test_children_are_paired_where_scores_differ_enough() -> None:

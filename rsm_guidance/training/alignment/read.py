@@ -47,7 +47,7 @@ def preset(name: str) -> dict[str, Any]:
         UsageError: if there is none of that name.
     """
     known = presets()
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise UsageError(f"there is no preset {name!r}; choose one of {', '.join(known)}")
     return dict(read_yaml(known[name]))
 
@@ -99,8 +99,8 @@ def _refuse_bare(options: Mapping[str, Any], subject: str, place: str = "") -> N
 
 def _require_given(options: Mapping[str, Any], subject: str) -> None:
     """Raise a UsageError that names all settings that are required and missing."""
-    missing = []
-    for path in options.get("required", ()):
+    asked, missing = options.get("required"), []
+    for path in asked if isinstance(asked, list | tuple) else ():
         value: Any = options
         for name in str(path).split("."):
             value = value.get(name) if isinstance(value, Mapping) else None

@@ -82,6 +82,15 @@ class RolloutConfig:
         """Its number."""
         return float(self.transition.strip().partition(" ")[2] or 1)
 
+    def window_at(self, update: int) -> tuple[int, int] | None:
+        """Levels (first, last + 1) of the window after so many updates; it wraps round at the end of the run."""
+        if self.window is None:
+            return None
+        first, length = self.window
+        if self.advance is not None:
+            first = (first + update // self.advance) % (self.steps - length + 1)
+        return first, first + length
+
     @property
     def compared(self) -> int:
         """Size of the smallest group whose members are compared."""

@@ -56,6 +56,23 @@ def test_a_file_over_a_preset(tmp_path: Path) -> None:
     assert (config.form.temperature, config.epochs, config.trust.reference) == (0.5, 9, "velocity")
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("preset: [ram]", "no preset"),
+        ("form: ram", "form"),
+        ("required: 5", "required"),
+        ("- 1", "mapping"),
+        ("a: [", "YAML"),
+    ],
+)
+def test_files_that_make_no_sense_are_one_sentence(text: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=says):
+        read_align(path)
+
+
 SDE = {"rollout": {"kind": "sde", "group": 4}}
 REFUSED = [
     ({"rollout": {"kind": "ode"}}, "rollout.kind='ode' draws none"),

@@ -61,9 +61,9 @@ def group_mean(values: Tensor, groups: Tensor) -> Tensor:
 
 
 def group_std(values: Tensor, groups: Tensor) -> Tensor:
-    """The standard deviation [R] of each row's group; exactly 0 where all its values are equal."""
+    """The standard deviation [R] of each row's group, up to rounding."""
     centred = values - group_mean(values, groups)
-    return group_mean(centred.square(), groups).sqrt() * varies(values, groups)
+    return group_mean(centred.square(), groups).sqrt()
 
 
 def varies(values: Tensor, groups: Tensor) -> Tensor:

@@ -240,3 +240,11 @@ def test_gdro_of_two_is_dpo_of_twice_the_strength() -> None:
 def test_swapping_winner_and_loser_negates_the_inner_term() -> None:
     s = torch.randn(5, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert torch.allclose(dpo(s[:, 0], s[:, 1]) - dpo(s[:, 1], s[:, 0]), (s[:, 1] - s[:, 0]) / 2)  # log-odds
+
+
+def test_gdro_of_three_is_the_cross_entropy_of_what_is_left() -> None:
+    implied = torch.tensor([[0.5, -0.2, 1.0]], dtype=torch.float64)
+    rewards = torch.tensor([[1.0, 3.0, 2.0]], dtype=torch.float64)  # order: second, third, first
+    s, r = torch.tensor([-0.2, 1.0, 0.5], dtype=torch.float64), torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64) / 0.5
+    expected = F.cross_entropy(s[None], r.softmax(0)[None]) + F.cross_entropy(s[None, 1:], r[1:].softmax(0)[None])
+    assert torch.allclose(gdro(implied, rewards, 0.5), expected)

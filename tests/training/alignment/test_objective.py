@@ -147,6 +147,17 @@ def test_pairs_and_groups(name: str) -> None:
     assert (gradient.gather(1, best) > 0).all() and (gradient.gather(1, worst) < 0).all()
 
 
+def test_a_proximal_hold_pulls_back_to_its_anchor() -> None:
+    config = load("awm", trust={"reference": "none", "reference_weight": None, "proximal_weight": 3.0})
+    v, anchor = normal(3, R, D).requires_grad_(), normal(8, R, D)
+    rows = matched(config, v, v.detach(), ADVANTAGE)
+    still = Matched(
+        v, rows.target, rows.alpha, rows.sigma, 0 * rows.coefficient, GROUPS, rows.old, Holds(proximal=anchor)
+    )
+    (gradient,) = torch.autograd.grad(forward_loss(config, still).loss.sum(), v)
+    assert torch.allclose(gradient, 3 * 2 * (v - anchor).detach() / D)
+
+
 def test_paths_regress_on_differences_of_rewards() -> None:
     config = load("prdp")
     rewards = torch.tensor([[3.0, 1.0]], dtype=torch.float64)

@@ -1,1 +1,1 @@
-"""Fine-tuning a generator by rewards."""
+"""Fine-tuning by rewards: published methods as points of one space, estimator x form x time weight x trust region."""

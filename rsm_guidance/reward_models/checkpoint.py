@@ -79,6 +79,12 @@ def read_checkpoint(folder: Path) -> tuple[DRMConfig, dict[str, Tensor]]:
     return read_config(folder), read_tensors(folder)
 
 
+def files_of(folder: Path) -> list[Path]:
+    """The files of a reward model, in a folder that may hold those of its training, too."""
+    own = (CONFIG, WEIGHTS, f"{dina.FILES}*/*", dina.FILES)
+    return sorted({path for pattern in own for path in folder.glob(pattern) if path.is_file()})
+
+
 def backbone_of(folder: Path) -> str:
     """The pipeline that a folder names as its model's backbone; raises as `read_checkpoint`."""
     return dina.backbone_of(folder) if dina.is_dina(folder / CONFIG) else read_config(folder).backbone

@@ -5,19 +5,16 @@ Layout: `config.json` is the configuration of the training run; `checkpoint/` ho
 `weights_only=True`, so they run no code.  Saved again, a model is in our own layout.
 """
 
-import json
-import pickle
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from rsm_guidance.core.contracts import UsageError
+from rsm_guidance.io.files import read_json
 from rsm_guidance.reward_models.config import LORA_TARGETS, DRMConfig
+from rsm_guidance.rewards.checkpoints import read_tensors
 
 FILES = "checkpoint/*"
 
@@ -36,8 +33,8 @@ _SCORE_SCALE = 10.0  # the authors show (raw + 10) / 10
 def is_dina(config: Path) -> bool:
     """Whether a config.json is of a DiNa-LRM folder."""
     try:
-        settings = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        settings = read_json(config)
+    except ValueError:
         return False
     model = settings.get("model") if isinstance(settings, dict) else None
     return isinstance(model, dict) and "visual_head_idx" in model
@@ -89,7 +86,7 @@ def read_dina(folder: Path) -> tuple[DRMConfig, dict[str, Tensor]]:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    settings: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings: dict[str, Any] = read_json(folder / "config.json")
     model = settings["model"]
     parts = {"model.reward_head": model.get("reward_head", {}), "training": settings.get("training", {})}
     lists = {f"model.{name}": model.get(name, []) for name in ("visual_head_idx", "text_head_idx")}
@@ -123,14 +120,7 @@ def _check(folder: Path, settings: dict[str, Any], model: dict[str, Any], head: 
 
 
 def _pickle(folder: Path, name: str, prefix: str) -> dict[str, Tensor]:
-    path = folder / "checkpoint" / name
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UsageError(f"{path} is missing, damaged, or holds more than tensors: {error}") from error
-    if not isinstance(tensors, Mapping) or not all(isinstance(v, Tensor) for v in tensors.values()):
-        raise UsageError(f"{path} is no state dict of tensors")
-    return {prefix + k.removeprefix("module."): v for k, v in tensors.items()}
+    return {prefix + key: tensor for key, tensor in read_tensors(folder / "checkpoint" / name).items()}
 
 
 def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -147,9 +137,8 @@ def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Settings of a PEFT adapter, and its tensors by our names."""
     try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        found = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+        config, found = read_json(folder / "adapter_config.json"), read_tensors(folder / "adapter_model.safetensors")
+    except ValueError as error:
         raise UsageError(f"the adapter in {folder} is missing or damaged: {error}") from error
     uneven = [
         k for k in ("rank_pattern", "alpha_pattern", "use_dora", "use_rslora", "modules_to_save") if config.get(k)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from rsm_guidance.reward_models.backbone import denoiser_of, is_backbone, load_backbone
-from rsm_guidance.reward_models.checkpoint import backbone_of, checkpoint_folder
+from rsm_guidance.reward_models.checkpoint import backbone_of, checkpoint_folder, files_of
 from rsm_guidance.reward_models.model import DiffusionRewardModel
 
 _LOADED = "_rsm_reward_models"
@@ -38,5 +38,4 @@ def load_reward_model(folder_or_id: str, pipe: Any = None) -> DiffusionRewardMod
 
 def _identity(folder: Path) -> tuple[object, ...]:
     """What tells a checkpoint from others and from its own earlier versions."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return str(folder.resolve()), *(path.stat().st_mtime_ns for path in files)
+    return str(folder.resolve()), *(path.stat().st_mtime_ns for path in files_of(folder))

@@ -2,7 +2,7 @@
 
 Paper: arXiv 2605.25661.  The backbone is the denoiser of a pipeline without its last blocks.  It sees the noisy latents,
 the timestep and the prompt through the denoiser's own conditioning (conditional branch only).  Scores are comparable
-within one prompt and noise level.
+within one prompt and noise level, and beyond if it was trained for that.
 """
 
 import math
@@ -311,9 +311,8 @@ class DiffusionRewardModel(
 
     def own_tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds: the head, and whatever of the trunk was trained; never the named backbone."""
-        saved = {
-            f"head.{k}": v for k, v in self.head.state_dict().items()
-        }  # first: under FSDP it frees whole parameters
+        # the head first: under FSDP its state_dict frees parameters that are whole
+        saved = {f"head.{k}": v for k, v in self.head.state_dict().items()}
         trunk = dict(self.trunk.named_parameters())
         return saved | {f"trunk.{k}": trunk[k] for k in self._tuned}
 

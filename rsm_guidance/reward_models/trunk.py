@@ -68,11 +68,6 @@ class Trunk(nn.Module):
         """The denoiser that is run: a copy of the kept part, or the pipeline's own."""
         return self.denoiser if self._shared is None else self._shared[0]
 
-    @property
-    def dim(self) -> int:
-        """Channels of the image tokens, of all taps together."""
-        return self.widths.dim
-
     def last_blocks(self, count: int) -> list[nn.Module]:
         """The last blocks kept, and what comes after them."""
         if count > len(self._kept):

@@ -269,11 +269,11 @@ def test_pickles_that_hold_more_than_tensors_do_not_run(pipe: Any, tmp_path: Pat
     with pytest.raises(UsageError, match="more than tensors"):
         DiffusionRewardModel.from_pretrained(tmp_path / "dina", pipe=pipe)
     torch.save({"head.weight": 3}, path)
-    with pytest.raises(UsageError, match="no state dict of tensors"):
+    with pytest.raises(UsageError, match="no mapping from names to tensors"):
         DiffusionRewardModel.from_pretrained(tmp_path / "dina", pipe=pipe)
     torch.save({"head.weight": torch.zeros(1, 32)}, path)
     with pytest.raises(UsageError, match="no query_tokens"):
         DiffusionRewardModel.from_pretrained(tmp_path / "dina", pipe=pipe)
     path.unlink()
-    with pytest.raises(UsageError, match=r"rm_head.pt is missing"):
+    with pytest.raises(UsageError, match="cannot read the checkpoint .*rm_head.pt"):
         DiffusionRewardModel.from_pretrained(tmp_path / "dina", pipe=pipe)

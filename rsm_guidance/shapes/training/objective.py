@@ -92,9 +92,8 @@ class Preferences(nn.Module):
         render_level = u[1] * 0.85
         branched = groups.branched[rows]
         later = branched + (u[2] * (steps - branched)).long()
-        step = torch.where(
-            u[3] < 0.5, branched, later
-        )  # half of the siblings as they are chosen among, half further on
+        # half of the siblings as they are chosen among, half further on
+        step = torch.where(u[3] < 0.5, branched, later)
         earlier = (u[4] * branched.clamp(min=1)).long()  # of those that branch at level 0 one of K initial noises
         wrong = 1 + (u[5] * (self.renders.latents.shape[1] - 1)).long()
         renders = torch.stack([torch.zeros_like(wrong), wrong], 1)

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from rsm_guidance.core.random import generator_of
 from rsm_guidance.io.files import write_atomically
@@ -54,15 +53,9 @@ def value_correlation(drm: DiffusionRewardModel, groups: BranchGroups) -> dict[f
     result = {}
     for sigma, latents in [*known, (0.0, groups.finals)]:
         scores = drm.score(latents.float().flatten(0, 1), 1000 * sigma, prompts)
-        result[sigma] = correlation(scores, groups.scores.flatten())
+        both = torch.stack([scores.double().cpu(), groups.scores.flatten().double()])
+        result[sigma] = float(torch.corrcoef(both)[0, 1].nan_to_num())  # 0 where either does not vary
     return result
-
-
-def correlation(a: Tensor, b: Tensor) -> float:
-    """Pearson's; 0 where either does not vary."""
-    a, b = a.double().cpu() - a.double().mean().cpu(), b.double().cpu() - b.double().mean().cpu()
-    size = float((a.square().sum() * b.square().sum()).sqrt())
-    return float(a @ b) / size if size > 1e-12 else 0.0
 
 
 def validation_accuracy(drm: DiffusionRewardModel, groups: BranchGroups) -> dict[str, float]:

@@ -144,7 +144,8 @@ def build_objective(pipe: DiffusionPipeline, data: RewardData, config: ShapesRew
     """An untrained reward model and its objective; what the scores do not depend on is frozen."""
     drm = untrained(pipe, config)
     with torch.no_grad():  # text features are kept, and round as their batch does: a resumed run is to find the same
-        drm.score(data.train.finals[:, 0].float(), 0.0, data.train.prompts)
+        one = data.train.finals[:1, 0].float()
+        drm.conditioning.recorded(data.train.prompts, tuple(one.shape[1:]), drm.grid(one))
     object_weight = 0.0 if config.adaptation == "frozen" else config.object_weight
     objective = Preferences(
         drm, data.train, data.renders, config.sibling_weight, object_weight, config.value_weight, config.completions

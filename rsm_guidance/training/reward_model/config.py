@@ -62,7 +62,7 @@ class ModelConfig:
         lora_targets: names, or ends of names, of the layers that have a LoRA; default: those of the attention.
         tuned_blocks: blocks that are tuned with "last-blocks".
         head: design of the reward head; see `reward_models.heads`.
-        head_width: width of the reward head; default: the head's own, with "drm" the paper's 512.
+        head_width: width of the reward head; default: the head's own, with "drm" the 256 of its code.
         queries, dropout: of the head "query"; "drm" has a dropout, too.
         output: what the head says; default: what the loss needs, else a score.
         ratings: values of the classes of an ordinal output, rising.

@@ -18,7 +18,6 @@ probability that the first is preferred, and sigma the pair's noise level:
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -54,17 +53,6 @@ class PairLabel:
         """On a device."""
         ratings = None if self.ratings is None else self.ratings.to(device)
         return PairLabel(self.win.to(device), self.tie.to(device), self.sigma.to(device), ratings)
-
-    @property
-    def swapped(self) -> "PairLabel":
-        """The label of the pairs with their members exchanged."""
-        return PairLabel(1 - self.win, self.tie, self.sigma, None if self.ratings is None else self.ratings.flip(1))
-
-
-class PairLoss(Protocol):
-    """Losses [B] of pairs; the constants are keyword arguments, all with defaults."""
-
-    def __call__(self, first: RewardOutput, second: RewardOutput, label: PairLabel) -> Tensor: ...
 
 
 def bradley_terry(first: RewardOutput, second: RewardOutput, label: PairLabel) -> Tensor:
@@ -167,15 +155,9 @@ def informs(name: str, label: PairLabel) -> Tensor:
     return ~label.tie & (label.win != 0.5) if name in DECIDED_ONLY else torch.ones_like(label.tie)
 
 
-def weighted_mean(losses: Tensor, weights: Tensor, total: float | None = None) -> Tensor:
-    """sum(weights * losses) / total; 0, with a gradient of 0, where all weights are 0.
-
-    Args:
-        losses, weights: [B].
-        total: sum of the weights; over all micro-batches and processes where the batch is split.
-    """
-    whole = float(weights.sum()) if total is None else total
-    return (losses * weights).sum() / (whole or 1.0)
+def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
+    """sum(weights * losses) / sum(weights), all [B]; 0, with a gradient of 0, where all weights are 0."""
+    return (losses * weights).sum() / (float(weights.sum()) or 1.0)
 
 
 def rating_distribution(ratings: Tensor, values: Tensor) -> Tensor:

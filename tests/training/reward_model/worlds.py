@@ -1,15 +1,21 @@
 """Tiny pipelines in folders, and preferences that they can learn: the redder image is better."""
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from rsm_guidance.engine.encode import encode_images
+from rsm_guidance.reward_models import load_backbone
+from rsm_guidance.training.reward_model.collate import PreparedData
 from rsm_guidance.training.reward_model.config import DataConfig, ModelConfig, OptimizerConfig, RewardConfig
+from rsm_guidance.training.reward_model.objective import PairObjective
+from rsm_guidance.training.reward_model.trainer import build_model, build_objective
 from tests.zoo import ZOO
 
 COLOURS = ("red", "green", "blue", "grey", "white", "black")
@@ -78,3 +84,22 @@ def tiny(pipeline: Path, table: Path, out: Path, **settings: Any) -> RewardConfi
 
 def total(module: torch.nn.Module) -> float:
     return sum(p.double().sum().item() for p in module.parameters() if p.requires_grad)
+
+
+def silent(label: str) -> None:
+    return None
+
+
+def objective_of(config: RewardConfig) -> tuple[PairObjective, PreparedData]:
+    drm = build_model(load_backbone(config.pipeline), config)
+    data = PreparedData(drm, config, silent)
+    return build_objective(drm, data, config), data
+
+
+def log(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    one, other = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

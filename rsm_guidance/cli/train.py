@@ -43,8 +43,9 @@ class TrainReward:
     def run(self) -> None:
         from rsm_guidance.io.files import require_writable
         from rsm_guidance.training.data import leave
-        from rsm_guidance.training.reward_model.run import flat, require_run
+        from rsm_guidance.training.reward_model.run import require_run
         from rsm_guidance.training.reward_model.trainer import train_reward
+        from rsm_guidance.training.runs import flat
 
         quiet_libraries()
         require_writable(self.settings.out / "report.json")

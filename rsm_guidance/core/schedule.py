@@ -6,6 +6,7 @@ variance-exploding ones alpha = 1.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -108,6 +109,19 @@ class Prediction:
         """The prediction for some rows, in any order and number."""
         velocity = None if self.velocity is None else self.velocity[index]
         return Prediction(self.x[index], self.x0[index], self.eps[index], velocity)
+
+    @staticmethod
+    def joined(parts: Sequence["Prediction"]) -> "Prediction":
+        """One prediction for the rows of several; the only one as it is."""
+        if len(parts) == 1:
+            return parts[0]
+        velocities = [p.velocity for p in parts if p.velocity is not None]
+        return Prediction(
+            torch.cat([p.x for p in parts]),
+            torch.cat([p.x0 for p in parts]),
+            torch.cat([p.eps for p in parts]),
+            torch.cat(velocities) if velocities else None,
+        )
 
 
 def to_prediction(x: Tensor, output: Tensor, alpha: float, sigma: float, kind: PredictionType) -> Prediction:

@@ -5,6 +5,7 @@ import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -124,7 +125,7 @@ class PipelineDenoiser:
             steps = self._fitting(lambda piece: self._driver.step_at(_part(x, piece), level, wanted[piece]), len(x))
         levels = self._compared(steps[0], level)
         read = [levels.read(s.sample, s.model_output, level) for s in steps]
-        return read[0] if len(read) == 1 else _joined(x, read)
+        return replace(Prediction.joined(read), x=x) if len(read) > 1 else read[0]
 
     def follow(
         self,
@@ -298,14 +299,3 @@ class PipelineDenoiser:
 def _part(x: Tensor, piece: slice) -> Tensor:
     """Some rows of x; x itself where these are all, by which the loop knows the latents it handed out."""
     return x if piece == slice(0, len(x)) else x[piece]
-
-
-def _joined(x: Tensor, predictions: list[Prediction]) -> Prediction:
-    """One prediction for x from those of its pieces."""
-    velocities = [p.velocity for p in predictions if p.velocity is not None]
-    return Prediction(
-        x,
-        torch.cat([p.x0 for p in predictions]),
-        torch.cat([p.eps for p in predictions]),
-        torch.cat(velocities) if velocities else None,
-    )

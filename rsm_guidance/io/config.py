@@ -43,6 +43,15 @@ def read_config(path: Path, cls: type[T]) -> T:
     Raises:
         UsageError: if the file cannot be read, is no mapping, or holds an option or a value that the dataclass does not take.
     """
+    return build_config(cls, read_mapping(path), f"the configuration {path}")
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The options of a YAML file, unchecked.
+
+    Raises:
+        UsageError: if the file cannot be read or is no mapping.
+    """
     subject = f"the configuration {path}"
     try:
         data = read_yaml(read_text(path))
@@ -54,8 +63,17 @@ def read_config(path: Path, cls: type[T]) -> T:
         raise UsageError(f"{subject} is not YAML: {error}") from error
     if not isinstance(data, dict):
         raise UsageError(f"{subject} must be a mapping of options; got {type(data).__name__}")
-    _require_known(cls, data, subject)
-    return _built(cls, data, subject, "")
+    return data
+
+
+def build_config(cls: type[T], options: Mapping[str, Any], subject: str) -> T:
+    """The dataclass that nested options describe; `subject` is what errors call them.
+
+    Raises:
+        UsageError: for an option or a value that the dataclass does not take.
+    """
+    _require_known(cls, options, subject)
+    return _built(cls, options, subject, "")
 
 
 def _require_known(cls: type[Any], data: Mapping[str, Any], subject: str) -> None:

@@ -22,12 +22,14 @@ class PackagedModel:
         path: its folder.
         call: arguments of the pipeline call with which it was measured.
         prompts: gives a number of prompts to measure it with, or None.
+        training_prompts: gives prompts to train on, others than those; or None.
         module: holds component classes of its own, and must be imported before diffusers loads the folder; or None.
     """
 
     path: str
     call: dict[str, Any] = field(default_factory=dict)
     prompts: Callable[[int], list[str]] | None = None
+    training_prompts: Callable[[], list[str]] | None = None
     module: str | None = None
 
     def location(self) -> str:

@@ -85,7 +85,7 @@ class Conditioning:
         self._record(missing, shape, grid)
         parts = [self._recorded[p, shape, grid] for p in prompts]
         try:
-            return parts[0] if len(parts) == 1 else Replay.joined(parts)
+            return Replay.joined(parts)
         except NotReplayable:  # texts that were padded to the longest of other batches
             self._record(prompts, shape, grid, len(prompts))
             return Replay.joined([self._recorded[p, shape, grid] for p in prompts])

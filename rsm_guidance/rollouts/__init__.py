@@ -2,5 +2,19 @@
 
 from rsm_guidance.rollouts.collect import collect, follow, take, trajectories, walk
 from rsm_guidance.rollouts.record import Label, Rollout, Step
+from rsm_guidance.rollouts.siblings import Siblings, branches, candidates, completed
 
-__all__ = ["Label", "Rollout", "Step", "collect", "follow", "take", "trajectories", "walk"]
+__all__ = [
+    "Label",
+    "Rollout",
+    "Siblings",
+    "Step",
+    "branches",
+    "candidates",
+    "collect",
+    "completed",
+    "follow",
+    "take",
+    "trajectories",
+    "walk",
+]

@@ -175,6 +175,7 @@ def collect(
     splits: Mapping[int, int] | None = None,
     window: tuple[int, int] | None = None,
     outside: Transition = ODE_STEPS,
+    same_start: bool = False,
 ) -> Rollout:
     """Finished trajectories of every prompt, with their steps.
 
@@ -191,6 +192,7 @@ def collect(
         splits: children by level.
         window: levels (first, last + 1) that step by `transition`; all by default.
         outside: how the other levels step.
+        same_start: whether all trajectories of a prompt start from the noise of the first.
 
     Returns:
         Trajectories [B * group * children, ...], prompt-major.
@@ -208,7 +210,7 @@ def collect(
         raise ValueError(f"children can only part where a step draws noise; got splits {splits} with {transition}")
     rows = torch.arange(len(denoiser.prompts)).repeat_interleave(group)
     labels: list[Label] = [(g,) for _ in range(len(denoiser.prompts)) for g in range(group)]
-    x = interleave([initial_noise(denoiser, streams, g) for g in range(group)])
+    x = interleave([initial_noise(denoiser, streams, 0 if same_start else g) for g in range(group)])
     rollout = Rollout()
     for jump in jumps:
         level, children = jump[0], splits.get(jump[0], 1)

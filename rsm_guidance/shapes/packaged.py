@@ -7,6 +7,7 @@ from rsm_guidance.shapes.scenes import caption_set
 
 STEPS = 20
 GUIDANCE_SCALE = 3.0
+_TRAINING = 4096
 _WEIGHTS = Path(__file__).parent / "weights"
 
 
@@ -15,10 +16,16 @@ def prompts(count: int) -> list[str]:
     return [caption.text for caption in caption_set(count, 0)]
 
 
+def training_prompts() -> list[str]:
+    """Captions of the training split."""
+    return [caption.text for caption in caption_set(_TRAINING, 1, held_out=False)]
+
+
 MODEL = PackagedModel(
     str(_WEIGHTS / "model"),
     {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE_SCALE},
     prompts,
+    training_prompts,
     "rsm_guidance.shapes.model",
 )
 DRM = _WEIGHTS / "drm"

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import PartialState, skip_first_batches
@@ -28,6 +28,14 @@ def leave() -> None:
     state = process_state()
     state.wait_for_everyone()
     state.destroy_process_group()
+
+
+class BatchSource(Protocol):
+    """What a training takes batches from."""
+
+    def start(self, step: int) -> Iterator[Any]:
+        """The batches of steps `step`, `step` + 1, ..., until training is to end."""
+        ...
 
 
 @dataclass(frozen=True)

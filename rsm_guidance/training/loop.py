@@ -9,6 +9,7 @@ An objective may have `weight(batch) -> float`, what a batch counts in the mean 
 An update whose batches weigh nothing is not taken: optimiser and averages stay as they are.
 """
 
+import errno
 import math
 import signal
 import threading
@@ -29,7 +30,7 @@ from tqdm.auto import tqdm
 
 from rsm_guidance.core.random import generator_of
 from rsm_guidance.training.checkpoint import TrainState, latest, load_state, save_state
-from rsm_guidance.training.data import Batches, parts_of, process_state
+from rsm_guidance.training.data import BatchSource, parts_of, process_state
 from rsm_guidance.training.sharding import sharded
 
 Metrics = dict[str, float]
@@ -92,7 +93,7 @@ def fit(
     objective: nn.Module,
     optimizer: torch.optim.Optimizer,
     scheduler: LRScheduler,
-    batches: Batches,
+    batches: BatchSource,
     config: LoopConfig,
     folder: Path,
     evaluate: Evaluate | None = None,
@@ -117,7 +118,7 @@ def fit(
 
     Raises:
         KeyboardInterrupt: on Ctrl-C or SIGTERM, after the step is finished and saved; a second Ctrl-C does not wait.
-        FloatingPointError: if a loss or gradient is not finite; that step is not taken.
+        FloatingPointError: if a loss or gradient is not finite; that step is not taken, and the state before it is saved.
         ValueError: if `folder` holds the state of something else.
     """
     accelerator = _accelerator(config, folder)
@@ -131,7 +132,7 @@ def fit(
         load_state(found, state, config.settings)
     bar = _progress(state, batches, config)
     objective.train()
-    with held_interrupt() as interrupted:
+    with held_interrupt() as interrupted, _kept_on_failure(folder, state, config):
         if evaluate is not None and config.evaluate_first and not state.history and state.step == 0:
             _evaluate(state, trained, evaluate, {})
         for batch in bar:
@@ -159,6 +160,25 @@ def fit(
     return state.history
 
 
+@contextmanager
+def _kept_on_failure(folder: Path, state: TrainState, config: LoopConfig) -> Iterator[None]:
+    """What fails between two steps, such as a reward's server, loses no step that was taken.
+
+    Only of a single process: of several, one that failed cannot save together with the others.
+    """
+    try:
+        yield
+    except (ValueError, FloatingPointError, OSError) as error:
+        saved = latest(folder) is not None and state.step % config.save_every == 0
+        if state.accelerator.num_processes == 1 and state.step and not saved and not _disk_full(error):
+            save_state(folder, state, config.keep, config.settings)
+        raise
+
+
+def _disk_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 def _accelerator(config: LoopConfig, folder: Path) -> Accelerator:
     process_state()
     AcceleratorState._reset_state()  # the precision belongs to a run, not to the process; devices and ranks stay
@@ -181,7 +201,7 @@ def _tell(accelerator: Accelerator, log: Log | None, step: int, numbers: Metrics
         accelerator.log(numbers, step=step)
 
 
-def _progress(state: TrainState, batches: Batches, config: LoopConfig) -> tqdm:
+def _progress(state: TrainState, batches: BatchSource, config: LoopConfig) -> tqdm:
     """A progress bar over the batches that are left."""
     return tqdm(
         islice(batches.start(state.step), config.steps - state.step),

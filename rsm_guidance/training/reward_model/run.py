@@ -4,19 +4,16 @@ import hashlib
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType
 from diffusers.optimization import get_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
 from rsm_guidance.core.errors import UsageError
 from rsm_guidance.data.preferences import PreferenceData
-from rsm_guidance.training.checkpoint import checkpoints
 from rsm_guidance.training.loop import LoopConfig
 from rsm_guidance.training.reward_model.config import RewardConfig
+from rsm_guidance.training.runs import flat, require_trackers, resumed
 
 _NO_MATTER = {
     "out", "epochs", "steps", "micro_batch", "evaluate_every", "evaluation_levels", "evaluation_pairs", "save_every", "keep",
@@ -43,24 +40,8 @@ def require_run(config: RewardConfig, processes: int = 1) -> Path | None:
             f"FSDP takes weights of one precision, and a float32 LoRA on a {config.dtype} pipeline has two; set dtype: float32 "
             "(with precision: bf16), or launch without FSDP"
         )
-    for name in config.report_to:
-        _require_tracker(name)
-    found = checkpoints(config.out)
-    if config.resume == "never" and found:
-        raise UsageError(
-            f"{config.out} holds the run of {found[0].name}; name another folder, or delete its checkpoints"
-        )
-    if config.resume in ("auto", "never"):
-        return None
-    return Path(config.resume)
-
-
-def _require_tracker(name: str) -> None:
-    known = {str(kind) for kind in LoggerType} - {"all"}
-    if name not in known:
-        raise UsageError(f"there is no tracker {name!r}; choose one of {', '.join(sorted(known))}")
-    if name not in {str(kind) for kind in get_available_trackers()}:
-        raise UsageError(f"the tracker {name!r} is not installed; pip install it, or leave it out of report_to")
+    require_trackers(config.report_to)
+    return resumed(config.resume, config.out)
 
 
 def schedule_of(optimizer: torch.optim.Optimizer, config: RewardConfig, steps: int) -> LRScheduler:
@@ -93,17 +74,6 @@ def loop_config(config: RewardConfig, data: PreferenceData, steps: int) -> LoopC
         report_to=config.report_to,
         project=config.project,
     )
-
-
-def flat(settings: dict[str, Any], place: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted names, as JSON has them."""
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{place}{name}.")
-        else:
-            found[place + name] = str(value) if isinstance(value, Path) else value
-    return found
 
 
 def _digest(data: PreferenceData) -> str:

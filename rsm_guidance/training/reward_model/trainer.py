@@ -5,7 +5,6 @@ card, report and plot; beside them lie `checkpoint-STEP`, the states that an int
 """
 
 import inspect
-import json
 import math
 import sys
 import time
@@ -46,7 +45,8 @@ from rsm_guidance.training.reward_model.collate import PreparedData, collate
 from rsm_guidance.training.reward_model.config import RewardConfig
 from rsm_guidance.training.reward_model.evaluate import LEVELS, score_pairs
 from rsm_guidance.training.reward_model.objective import PairObjective
-from rsm_guidance.training.reward_model.run import flat, loop_config, require_run, schedule_of
+from rsm_guidance.training.reward_model.run import loop_config, require_run, schedule_of
+from rsm_guidance.training.runs import Journal, flat, push
 from rsm_guidance.training.sharding import put, whole
 
 _OF_ITS_OWN = ("backbone", "score_mean", "score_std", "half_precision", "denoiser", "image_levels", "image_draws")
@@ -90,7 +90,7 @@ def train_reward(config: RewardConfig) -> dict[str, Any]:
         loop_config(config, data.train, steps),
         config.out,
         keeper if data.held_out is not None else None,
-        _Log(config.out / LOG),
+        Journal(config.out / LOG),
         resume,
     )
     cost = {
@@ -215,28 +215,6 @@ class _Keeper:
         return metrics
 
 
-class _Log:
-    """Numbers of each step as JSON lines; steps that are made again replace those of before."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._begun = path, False
-
-    def __call__(self, step: int, numbers: Metrics) -> None:
-        if not self._begun:
-            self._begun = True
-            lines = self._path.read_text(encoding="utf-8").splitlines(True) if self._path.exists() else []
-            write_text(self._path, "".join(line for line in lines if _step_of(line) < step))
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **numbers}) + "\n")
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # half a line, of a process that was killed
-        return math.inf
-
-
 def _finish(
     objective: PairObjective,
     data: PreparedData,
@@ -267,7 +245,8 @@ def _finish(
         write_json(config.out / REPORT, report)
         write_text(config.out / "README.md", card_of(config, report))
         if config.push_to_hub is not None:
-            push(config)
+            files = [CONFIG, WEIGHTS, "README.md", PLOT, REPORT]
+            push(config.out, config.push_to_hub, config.private, files, "Reward model")
     state.wait_for_everyone()
     return report
 
@@ -298,23 +277,6 @@ def _report(
         "levels": levels,
         "warnings": warned,
     }
-
-
-def push(config: RewardConfig) -> None:
-    """Upload the finished model; that it cannot be is said, and is no failure of the run."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    files = [CONFIG, WEIGHTS, "README.md", PLOT, REPORT]
-    api = HfApi()
-    try:
-        repo = api.create_repo(str(config.push_to_hub), private=config.private, exist_ok=True).repo_id
-        api.upload_folder(repo_id=repo, folder_path=config.out, allow_patterns=files, commit_message="Reward model")
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        told = str(error).strip().splitlines()[0]
-        warnings.warn(
-            f"the model is in {config.out}, and could not be uploaded to {config.push_to_hub}: {told}", stacklevel=2
-        )
 
 
 def _tell_long_prompts(pipe: DiffusionPipeline, data: PreferenceData, chosen: int) -> None:

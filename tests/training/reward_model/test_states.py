@@ -33,14 +33,14 @@ ROOT = Path(__file__).parents[3]
 
 
 def stopped_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = training._Log.__call__
+    real = training.Journal.__call__
 
     def stop(self: Any, number: int, numbers: Any) -> None:
         real(self, number, numbers)
         if number == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(training._Log, "__call__", stop)
+    monkeypatch.setattr(training.Journal, "__call__", stop)
 
 
 @pytest.mark.parametrize("adaptation", ["lora", "full", "frozen"])

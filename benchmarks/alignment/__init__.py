@@ -1,0 +1,1 @@
+"""Experiments on fine-tuning by rewards: `python -m benchmarks.alignment.NAME --help`."""

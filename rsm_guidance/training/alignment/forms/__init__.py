@@ -1,0 +1,1 @@
+"""Forms: how credit becomes a loss on the model; `reverse`, `forward` and `implicit`."""

@@ -25,6 +25,7 @@ COMMANDS = {
     "serve-reward": "rsm_guidance.cli.serve_reward:ServeReward",
     "data check": "rsm_guidance.cli.data:DataCheck",
     "train reward": "rsm_guidance.cli.train:TrainReward",
+    "train align": "rsm_guidance.cli.align:TrainAlign",
     "train shapes-reward": "rsm_guidance.cli.train:TrainShapesReward",
     "train base": "rsm_guidance.cli.train:TrainBase",
     "benchmark engine": "rsm_guidance.cli.benchmark:BenchmarkEngine",
@@ -40,7 +41,7 @@ Every command has --help with examples. Where an error is more than bad input, {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; exits with 0, 2 (bad input), 130 or 143 (interrupted); `data check` also with 1.
+    """Run one command; exits with 0, 2 (bad input), 130 or 143 (interrupted), 1 where a training diverged; `data check` also with 1.
 
     What a user's reward raises comes through with its traceback, and with --debug every error.
     """
@@ -53,6 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if debug or _crashed_in_reward(error):
             raise
         _fail(f"error: {error}", 2)
+    except FloatingPointError as error:
+        if debug:
+            raise
+        _fail(f"error: {error}", 1)
     except KeyboardInterrupt as interrupt:
         _fail(
             f"interrupted {str(interrupt) or 'before there was anything to keep'}",

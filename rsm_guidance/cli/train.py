@@ -142,12 +142,22 @@ def config_of(words: list[str]) -> Path | None:
     Raises:
         UsageError: if nothing follows it.
     """
-    path = None
-    for index, word in enumerate(words):
-        if word.startswith("--config="):
-            path = word.removeprefix("--config=")
-        elif word == "--config":
-            if index + 1 == len(words):
-                raise UsageError("--config needs a YAML file")
-            path = words[index + 1]
+    path = option_of(words, "--config", "a YAML file")
     return None if path is None else Path(path)
+
+
+def option_of(words: list[str], option: str, what: str = "a name") -> str | None:
+    """The word that follows an option where it stands last, or None; `what` it is to be.
+
+    Raises:
+        UsageError: if nothing follows it.
+    """
+    found = None
+    for index, word in enumerate(words):
+        if word.startswith(f"{option}="):
+            found = word.partition("=")[2]
+        elif word == option:
+            if index + 1 == len(words):
+                raise UsageError(f"{option} needs {what}")
+            found = words[index + 1]
+    return found

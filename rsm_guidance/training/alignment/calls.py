@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -17,22 +18,26 @@ from rsm_guidance.training.alignment.settings import RolloutConfig
 
 
 def call_of(
-    pipe: DiffusionPipeline, pipeline: str, steps: int | None = None, guidance: float | None = None
+    pipe: DiffusionPipeline, config: AlignConfig, steps: int | None = None, guidance: float | None = None
 ) -> dict[str, Any]:
     """Arguments of a pipeline's call; None leaves the pipeline's own, of a packaged model those with which it was measured.
 
     The guidance scale is `true_cfg_scale` where that is what guides by default, else `guidance_scale`.
 
     Raises:
-        UsageError: for a guidance scale where the pipeline takes none.
+        UsageError: for an argument that the pipeline does not take.
     """
-    packaged = packaged_model(pipeline)
+    packaged = packaged_model(config.pipeline)
     call: dict[str, Any] = {} if packaged is None else dict(packaged.call)
+    call |= {name: value for name, value in asdict(config.call).items() if value is not None}
     if steps is not None:
         call["num_inference_steps"] = steps
+    parameters = inspect.signature(stock_call_of(type(pipe))).parameters
+    strange = next((name for name in call if name not in parameters), None)
+    if strange is not None:
+        raise UsageError(f"{type(pipe).__name__} takes no {strange}; leave call.{strange} out")
     if guidance is None:
         return call
-    parameters = inspect.signature(stock_call_of(type(pipe))).parameters
     true = parameters.get("true_cfg_scale")
     guided = true is not None and isinstance(true.default, int | float) and true.default > 1
     name = "true_cfg_scale" if guided else "guidance_scale"
@@ -40,8 +45,8 @@ def call_of(
         raise UsageError(
             f"{type(pipe).__name__} takes no guidance scale; leave rollout.guidance and evaluation.guidance out"
         )
-    if name == "true_cfg_scale" and "negative_prompt" in parameters:
-        call["negative_prompt"] = " "  # without one these pipelines do not guide
+    if guided and guidance > 1 and "negative_prompt" in parameters:
+        call.setdefault("negative_prompt", " ")  # without one these pipelines do not guide
     return call | {name: guidance}
 
 

@@ -113,6 +113,26 @@ class AlignOptimizerConfig:
 
 
 @dataclass(frozen=True)
+class CallConfig:
+    """What every call of the pipeline is given; null for its own defaults.
+
+    Attributes:
+        height, width, num_frames: of images and videos.
+        max_sequence_length: tokens of a prompt.
+        negative_prompt: of classifier-free guidance.
+    """
+
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    max_sequence_length: int | None = None
+    negative_prompt: str | None = None
+
+    def __post_init__(self) -> None:
+        require_positive(self, "call.", "height", "width", "num_frames", "max_sequence_length")
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """What is measured on the way, with the stock pipeline and the averaged weights.
 
@@ -151,6 +171,7 @@ class AlignConfig:
         required: settings, by dotted name, that the paper leaves open; `read_align` asks for them, and the card names them.
         out: folder of the LoRA and of its training.
         pipeline: hub id, folder or packaged name.
+        call: what every call of the pipeline is given.
         prompts: text or JSONL file of prompts.
         rewards: what is maximised, by name, folder or `package.module:object`.
         reward_weights: of their advantages in the sum; default 1 each.
@@ -179,6 +200,7 @@ class AlignConfig:
     required: tuple[str, ...] = ()
     out: Path = Path("aligned")
     pipeline: str = "shapes"
+    call: CallConfig = field(default_factory=CallConfig)
     prompts: Path | None = None
     rewards: tuple[str, ...] = ("shapes-drm",)
     reward_weights: tuple[float, ...] | None = None

@@ -52,6 +52,15 @@ def preset(name: str) -> dict[str, Any]:
     return dict(read_yaml(known[name]))
 
 
+def required_of(path: Path | None = None, name: str | None = None) -> tuple[str, ...]:
+    """Settings, by dotted name, that a preset or file leaves open."""
+    given = {} if path is None else read_mapping(path)
+    chosen = name or given.get("preset")
+    asked = (preset(chosen) if chosen else {}) | given
+    found = asked.get("required") or ()
+    return tuple(map(str, found)) if isinstance(found, list | tuple) else ()
+
+
 def read_align(
     path: Path | None = None, name: str | None = None, options: Mapping[str, Any] | None = None
 ) -> AlignConfig:

@@ -37,7 +37,7 @@ class RolloutConfig:
         policy: which adapter samples.
     """
 
-    kind: Literal["ode", "sde", "window", "branches", "tree", "candidates", "data"] = "ode"
+    kind: Literal["ode", "sde", "window", "branches", "tree", "candidates", "data"] = "sde"
     steps: int = 10
     transition: str = "flow_sde 0.7"
     group: int = 24

@@ -43,7 +43,7 @@ from rsm_guidance.training.alignment.rows import Gather, alone
 from rsm_guidance.training.alignment.run import loop_config, require_run
 from rsm_guidance.training.data import process_state
 from rsm_guidance.training.loop import Metrics, fit, seeded
-from rsm_guidance.training.optim import adamw, freeze_unreached
+from rsm_guidance.training.optim import adamw
 from rsm_guidance.training.runs import Journal, flat, push
 from rsm_guidance.values import ESTIMATORS
 
@@ -138,7 +138,7 @@ def build(
             other.check(evaluated.prompts, evaluated.columns)
     policy = build_policy(config, pipe)
     rollout, evaluation = config.rollout, config.evaluation
-    call = call_of(pipe, config.pipeline, rollout.steps, rollout.guidance)
+    call = call_of(pipe, config, rollout.steps, rollout.guidance)
     conditions = Conditions(pipe, call, prompts.prompts[0])
     schedule = conditions.stock.schedule
     require_levels(config, schedule)
@@ -149,9 +149,9 @@ def build(
     if rollout.calibrate:
         collector = collector.at(calibrated_levels(config, collector, schedule, gather))
     learner = Learner(policy, config, schedule, collector.transition)
-    _freeze_unreached(learner, conditions, prompts.prompts[0])
+    _freeze_unreached(learner, conditions, prompts.prompts[0], config.seed)
     guidance = rollout.guidance if evaluation.guidance is None else evaluation.guidance
-    stock = call_of(pipe, config.pipeline, evaluation.steps, guidance)
+    stock = call_of(pipe, config, evaluation.steps, guidance)
     evaluator = Evaluator(
         config, learner, evaluated, stock, judge, gold, conditions, _about(config, stock), gather,
         state.process_index,
@@ -159,7 +159,7 @@ def build(
     guided = None
     if config.trust.reference_guidance is not None:
         stronger = Conditions(
-            pipe, call_of(pipe, config.pipeline, rollout.steps, config.trust.reference_guidance), prompts.prompts[0]
+            pipe, call_of(pipe, config, rollout.steps, config.trust.reference_guidance), prompts.prompts[0]
         )
         guided = Collector(config, prompts, stronger, judge, None, collector.transition, share).replay
     epochs = Epochs(config, learner, collector, evaluator, schedule, guided, gather, state.process_index)
@@ -197,12 +197,22 @@ def build_policy(config: AlignConfig, pipe: DiffusionPipeline) -> Policy:
     return policy
 
 
-def _freeze_unreached(learner: Learner, conditions: Conditions, prompt: str) -> None:
-    """Freeze what the prediction does not depend on, such as a last block's text queries: processes would wait for it."""
+def _freeze_unreached(learner: Learner, conditions: Conditions, prompt: str, seed: int) -> None:
+    """Freeze what the prediction does not depend on, such as a last block's text queries: it would idle in optimiser and averages.
+
+    A LoRA that adds nothing yet has no gradients in half of its parameters, so others stand in for a moment.
+    """
     replay, zero = conditions.replay([prompt]), torch.zeros(1, dtype=torch.int64)
-    x = conditions.stock.initial()
-    prediction = replay.denoise(x, zero, zero)
-    freeze_unreached(learner, learner.direction(prediction).square().sum())
+    trained, draw = learner.policy.trained, generator_of("probe", seed)
+    held = {name: p.data for name, p in trained.items()}
+    for parameter in trained.values():
+        parameter.data = 0.01 * torch.randn(parameter.shape, generator=draw).to(parameter)
+    prediction = replay.denoise(conditions.stock.initial(), zero, zero)
+    loss = learner.direction(prediction).square().sum()
+    gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    for (name, parameter), gradient in zip(trained.items(), gradients, strict=True):
+        parameter.data = held[name]
+        parameter.requires_grad_(gradient is not None and bool(gradient.any()))
 
 
 def _about(config: AlignConfig, call: dict[str, Any]) -> dict[str, str]:

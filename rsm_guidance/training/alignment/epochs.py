@@ -9,11 +9,11 @@ from rsm_guidance.core.errors import UsageError
 from rsm_guidance.core.random import derive_seed
 from rsm_guidance.core.schedule import NoiseSchedule
 from rsm_guidance.engine.replay import Replay
-from rsm_guidance.training.alignment.collector import Collector
 from rsm_guidance.training.alignment.config import AlignConfig
 from rsm_guidance.training.alignment.evaluator import Evaluator
+from rsm_guidance.training.alignment.experience import Experience
 from rsm_guidance.training.alignment.learner import Learner
-from rsm_guidance.training.alignment.rows import Gather, Lesson, alone, lesson
+from rsm_guidance.training.alignment.rows import Gather, Lesson, Rows, alone, lesson
 from rsm_guidance.training.loop import Metrics
 
 
@@ -27,10 +27,11 @@ class Epochs:
     Attributes:
         config: of the training.
         learner: which is trained.
-        collector: makes samples.
+        collector: makes samples (`collector.Collector`), or takes given ones.
         evaluator: is told the step, and says when to stop.
         schedule: the levels.
         guided: recordings of prompts for a reference with a guidance scale of its own; None without.
+        anchor: rows of given images beside those of an update; None without.
         gather: from all processes.
         process: number of this one.
         log: figures of the last epoch.
@@ -38,10 +39,11 @@ class Epochs:
 
     config: AlignConfig
     learner: Learner
-    collector: Collector
+    collector: Callable[[int], tuple[Experience, Replay]]
     evaluator: Evaluator
     schedule: NoiseSchedule
     guided: Callable[[int], Replay] | None = None
+    anchor: Callable[[int, int], tuple[Rows, Replay]] | None = None
     gather: Gather = alone
     process: int = 0
     log: Metrics = field(default_factory=dict)
@@ -61,7 +63,11 @@ class Epochs:
                 made = epoch, *self._epoch(epoch)
             self.evaluator.step = step + 1
             batch: dict[str, Any] = {**made[1].updates[part], "replay": made[2]}
-            yield batch if made[3] is None else batch | {"guided": made[3]}
+            if made[3] is not None:
+                batch["guided"] = made[3]
+            if self.anchor is not None:
+                batch["data"], batch["data_replay"] = self.anchor(step, len(batch["row"]))
+            yield batch
             step += 1
 
     def _follow(self, step: int, part: int) -> None:

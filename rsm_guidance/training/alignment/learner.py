@@ -77,7 +77,16 @@ class Learner(nn.Module):
         self._require_near(means)
         if "reference" in means:
             self.gap.copy_(means["reference"])
-        return {"loss": (terms.loss * share).mean(), **means}
+        loss = (terms.loss * share).mean()
+        if "data" in batch:
+            means["data"] = self._anchored(batch["data"], batch["data_replay"])
+            loss = loss + (self.config.trust.data_weight or 0.0) * means["data"]
+        return {"loss": loss, **means}
+
+    def _anchored(self, rows: Batch, replay: Replay) -> Tensor:
+        """Mean flow-matching loss of given images, so that the policy keeps to them."""
+        velocity = self.direction(self._said("policy", rows, replay))
+        return (velocity - self._target(rows)).square().mean()
 
     def _require_near(self, means: Mapping[str, Tensor]) -> None:
         moved = means.get("divergence", means.get("distance"))

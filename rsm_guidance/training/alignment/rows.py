@@ -13,7 +13,6 @@ from torch import Tensor
 
 from rsm_guidance.core.errors import UsageError
 from rsm_guidance.core.random import RandomStreams, derive_seed, generator_of
-from rsm_guidance.core.rows import per_row
 from rsm_guidance.core.schedule import NoiseSchedule
 from rsm_guidance.training.alignment.advantages import group_by
 from rsm_guidance.training.alignment.config import AlignConfig
@@ -204,15 +203,22 @@ def _cut(rows: Rows, units: Tensor, count: int, updates: int, seed: int) -> list
     return [{name: t[update == number] for name, t in rows.items()} for number in range(updates)]
 
 
-def _noised(config: AlignConfig, rows: Rows, schedule: NoiseSchedule, seed: int) -> Rows:
-    """Every sample at `form.levels` levels, as "x", with "eps", "level", "alpha" and "sigma"; groups share noise and level.
+def noised(rows: Rows, levels: Tensor, schedule: NoiseSchedule, seed: int) -> Rows:
+    """Clean samples "x0" [R, ...] at a level each, as "x", with "eps", "level", "alpha" and "sigma"; noise is named by "sample"."""
+    streams, x0 = RandomStreams(seed, (("", 0),)), rows["x0"]
+    names = [(n,) for n in rows["sample"].tolist()]
+    return _at(rows, levels, streams.normals([0] * len(names), x0.shape[1:], names).to(x0), schedule)
 
-    The levels are those of the sampler within the trained part, each as often as any other; noise is named by sample (or
-    group), so that it does not depend on what else is in the batch.
+
+def _noised(config: AlignConfig, rows: Rows, schedule: NoiseSchedule, seed: int) -> Rows:
+    """Every sample at `form.levels` levels; groups share noise and level.
+
+    The levels are those of the sampler within the trained part, each as often as any other; noise is named by sample or
+    group, so that it does not depend on what else is in the batch.
     """
     low, high = (math.ceil(share * schedule.steps - 1e-9) for share in config.form.part)
     count, grouped = config.form.levels or high - low, config.form.whole_groups
-    names = (rows["group"][:, 0] if grouped else rows["sample"]).tolist()
+    names = (rows["group"][:, 0] if grouped else rows["group" if config.form.shared_noise else "sample"]).tolist()
     shape = rows["x0"].shape[2:] if grouped else rows["x0"].shape[1:]
     streams = RandomStreams(seed, (("", 0),))
     levels = [_drawn_levels(streams, name, low, high, count) for name in names]
@@ -222,14 +228,15 @@ def _noised(config: AlignConfig, rows: Rows, schedule: NoiseSchedule, seed: int)
     if grouped:
         size = rows["x0"].shape[1]
         eps, level = eps[:, None].expand(-1, size, *shape), level[:, None].expand(-1, size)
-    x0 = found["x0"]
-    eps = eps.to(x0)
+    return _at(found, level, eps.to(found["x0"]), schedule)
+
+
+def _at(rows: Rows, level: Tensor, eps: Tensor, schedule: NoiseSchedule) -> Rows:
+    x0 = rows["x0"]
     alpha, sigma = (table[level].to(x0.device, torch.float32) for table in (schedule.alpha, schedule.sigma))
-    flat = (
-        (x0.flatten(0, 1), eps.flatten(0, 1), alpha.flatten(), sigma.flatten()) if grouped else (x0, eps, alpha, sigma)
-    )
-    x = per_row(flat[2], flat[0]) * flat[0].float() + per_row(flat[3], flat[0]) * flat[1].float()
-    return found | {"x": x.to(x0.dtype).view(x0.shape), "eps": eps, "level": level, "alpha": alpha, "sigma": sigma}
+    shape = (*level.shape, *[1] * (x0.ndim - level.ndim))
+    x = alpha.view(shape) * x0.float() + sigma.view(shape) * eps.float()
+    return rows | {"x": x.to(x0.dtype), "eps": eps, "level": level, "alpha": alpha, "sigma": sigma}
 
 
 def _drawn_levels(streams: RandomStreams, name: int, low: int, high: int, count: int) -> Tensor:

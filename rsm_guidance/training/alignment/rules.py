@@ -95,6 +95,11 @@ def _rollout(c: Point) -> Rules:
         f"the last of {r.steps} steps draws no noise, so rollout.window must begin before it; got {list(r.window or ())}",
     )
     yield (
+        (r.data is None) == (r.kind == "data"),
+        "rollout.data, a file of groups or pairs, belongs to rollout.kind='data', which needs it; got "
+        f"kind={r.kind!r} and data={None if r.data is None else str(r.data)}",
+    )
+    yield (
         r.noise_slope is not None and r.kind != "tree",
         f"rollout.noise_slope raises the noise with the depth of a tree; rollout.kind is {r.kind!r}",
     )

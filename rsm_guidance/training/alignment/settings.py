@@ -33,6 +33,7 @@ class RolloutConfig:
         calibrate: rounds of samples before training, by which the noise of each level is moved until gains of both signs are
             equally frequent (DenseGRPO); 0 for none.
         noise_slope: growth of the noise with the depth of a tree, of the first level's noise (Dynamic-TreeRPO).
+        data: of kind "data": JSON lines with "prompt", "images" and "rewards", or pairs in any format of `data check`.
         guidance: guidance scale of rollouts and updates; null for the pipeline's own, 1 for none.
         policy: which adapter samples.
     """
@@ -49,6 +50,7 @@ class RolloutConfig:
     continues: Literal["random", "best", "first"] = "random"
     calibrate: int = 0
     noise_slope: float | None = None
+    data: Path | None = None
     guidance: float | None = None
     policy: Literal["policy", "old"] = "policy"
 
@@ -202,6 +204,8 @@ class FormConfig:
         gate: thresholds of lpo at clean and noisy levels.
         levels: noise levels, evenly drawn from the sampler's, at which every sample is trained (forward and implicit forms).
         highest, lowest: part of the run that is trained, as shares from its noisy end; null for its start and end.
+        shared_noise: whether the samples of a prompt are noised alike, as whole groups always are (forward forms). Ours: as
+            advantages of a group add up to 0, most of the noise then leaves the gradient.
         share: share of the steps or levels of that part which are trained, drawn anew for every sample.
     """
 
@@ -218,6 +222,7 @@ class FormConfig:
     levels: int | None = None
     highest: float | None = None
     lowest: float | None = None
+    shared_noise: bool = False
     share: float = 1.0
 
     def __post_init__(self) -> None:
@@ -298,7 +303,7 @@ class TrustConfig:
         reference_guidance: guidance scale of the reference's velocity (CRD: 4.5); null for that of the rollout.
         reference_least: weight of the hold on the worst samples, 1 for all alike (CRD); only of forward forms.
         norm_weight, norm_margin: penalty of velocities longer than (1 + margin) times the reference's (NormGuard).
-        data, data_weight: images with captions, whose flow-matching loss is added (DDRL).
+        data, data_weight: JSON lines with "prompt" and "image", whose flow-matching loss is added (DDRL).
         anchors: whether steps of an ODE run that have no branches are held to the reference, too (RSM).
         gate: share of samples, those most overrated, that are held to the reference; null for all (GARDO).
         gate_rewards: rewards that decide what is overrated.

@@ -9,6 +9,7 @@ import json
 import time
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from rsm_guidance.training.alignment.conditions import Conditions
 from rsm_guidance.training.alignment.config import AlignConfig
 from rsm_guidance.training.alignment.epochs import Epochs
 from rsm_guidance.training.alignment.evaluator import Evaluator
+from rsm_guidance.training.alignment.given import DataAnchor, GivenGroups, Latents, read_captioned, read_groups
 from rsm_guidance.training.alignment.judge import Judge, load_rewards
 from rsm_guidance.training.alignment.learner import Learner
 from rsm_guidance.training.alignment.lora_file import FILE, KOHYA, load_lora, save_lora
@@ -42,7 +44,7 @@ from rsm_guidance.training.alignment.policy import ATTENTION, Policy, Role
 from rsm_guidance.training.alignment.rows import Gather, alone
 from rsm_guidance.training.alignment.run import loop_config, require_run
 from rsm_guidance.training.data import process_state
-from rsm_guidance.training.loop import Metrics, fit, seeded
+from rsm_guidance.training.loop import Evaluate, Metrics, fit, seeded
 from rsm_guidance.training.optim import adamw
 from rsm_guidance.training.runs import Journal, flat, push
 from rsm_guidance.values import ESTIMATORS
@@ -66,24 +68,7 @@ def train_align(config: AlignConfig) -> dict[str, Any]:
     run = build(config, pipe, prompts, evaluated, state)
     begun = time.perf_counter()
     with closing(run.conditions):
-        optimizer = adamw(
-            [(run.learner.policy, config.optimizer.lr)], config.optimizer.weight_decay, config.optimizer.betas
-        )
-        scheduler = get_scheduler(
-            "constant_with_warmup", optimizer, num_warmup_steps=config.optimizer.warmup * state.num_processes
-        )
-        journal = Journal(config.out / LOG)
-        history = fit(
-            run.learner,
-            optimizer,
-            scheduler,
-            run.epochs,
-            loop_config(config, prompts),
-            config.out,
-            run.evaluator,
-            lambda step, numbers: journal(step, {**run.epochs.log, **numbers}),
-            resume,
-        )
+        history = optimise(run, prompts, run.evaluator, resume)
         cost = {"training_seconds": time.perf_counter() - begun, "peak_memory_bytes": peak_memory()}
         return _finish(run, history, cost, state)
 
@@ -99,6 +84,23 @@ class Run:
     evaluator: Evaluator
 
 
+def optimise(run: Run, prompts: PromptSet, evaluate: Evaluate, resume: Path | None = None) -> list[Metrics]:
+    """All updates of a run, and the history of `evaluate`; the policy then has the averaged weights."""
+    config = run.config
+    optimizer = adamw(
+        [(run.learner.policy, config.optimizer.lr)], config.optimizer.weight_decay, config.optimizer.betas
+    )
+    scheduler = get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=config.optimizer.warmup)
+    journal = Journal(config.out / LOG)
+
+    def told(step: int, numbers: Metrics) -> None:
+        journal(step, {**run.epochs.log, **numbers})
+
+    return fit(
+        run.learner, optimizer, scheduler, run.epochs, loop_config(config, prompts), config.out, evaluate, told, resume
+    )
+
+
 def read_prompts(config: AlignConfig) -> tuple[PromptSet, PromptSet]:
     """The prompts that are trained on and those that are evaluated.
 
@@ -106,7 +108,9 @@ def read_prompts(config: AlignConfig) -> tuple[PromptSet, PromptSet]:
         UsageError: if there are none.
     """
     packaged = packaged_model(config.pipeline)
-    if config.prompts is not None:
+    if config.rollout.data is not None:
+        prompts = PromptSet([g.prompt for g in read_groups(config.rollout.data, config.rollout.group)])
+    elif config.prompts is not None:
         prompts = read_prompt_set(config.prompts)
     elif packaged is not None and packaged.training_prompts is not None:
         prompts = PromptSet(packaged.training_prompts())
@@ -132,7 +136,8 @@ def build(
         UsageError: for rewards and pipelines that do not fit the configuration.
     """
     judge, gold, gate = judges_of(config, pipe)
-    judge.check(prompts.prompts, prompts.columns)
+    if config.rollout.data is None:
+        judge.check(prompts.prompts, prompts.columns)
     for other in (judge, gold):
         if other is not None:
             other.check(evaluated.prompts, evaluated.columns)
@@ -162,7 +167,15 @@ def build(
             pipe, call_of(pipe, config, rollout.steps, config.trust.reference_guidance), prompts.prompts[0]
         )
         guided = Collector(config, prompts, stronger, judge, None, collector.transition, share).replay
-    epochs = Epochs(config, learner, collector, evaluator, schedule, guided, gather, state.process_index)
+    latents, anchor = Latents(conditions), None
+    if config.trust.data is not None:
+        anchor = DataAnchor(config, read_captioned(config.trust.data), latents, schedule, share)
+    given = None
+    if rollout.data is not None:
+        given = GivenGroups(config, read_groups(rollout.data, rollout.group), latents, share)
+    epochs = Epochs(
+        config, learner, given or collector, evaluator, schedule, guided, anchor, gather, state.process_index
+    )
     return Run(config, learner, conditions, epochs, evaluator)
 
 

@@ -120,9 +120,9 @@ REFUSED = [
     ({"form": {"name": "raft", "keep": 24}}, "selects nothing"),
     (
         {"form": {"name": "rvm"}, "trust": {"reference": "mean", "denominator": "one", "reference_weight": 1.0}},
-        "choose 'velocity'",
+        "trust.reference='velocity'",
     ),
-    ({"rollout": {"kind": "data"}, "form": {"name": "awm"}, "trust": {"region": "ratio", "clip": 1.0}}, "on policy"),
+    ({"rollout": {"kind": "data", "data": "groups.jsonl"}, "form": {"name": "awm"}, "trust": {"region": "ratio", "clip": 1.0}}, "on policy"),
     (SDE | {"rollout": {"kind": "window"}}, "needs it"),
     (SDE | {"colour": 1}, "no option 'colour'"),
     (SDE | {"rollout": {"kind": "sde", "childrn": [2]}}, "did you mean 'rollout.children'"),
@@ -130,7 +130,7 @@ REFUSED = [
     ({"rollout": {"kind": "tree", "steps": 3, "children": [2, 2, 2]}}, "last of 3 steps"),
     ({"rollout": {"kind": "window", "steps": 5, "window": [4, 1]}}, "last of 5 steps"),
     (
-        {"rollout": {"kind": "data"}, "form": {"name": "dpo", "implicit_strength": 1.0}, "trust": {"norm_weight": 1.0}},
+        {"rollout": {"kind": "data", "data": "groups.jsonl"}, "form": {"name": "dpo", "implicit_strength": 1.0}, "trust": {"norm_weight": 1.0}},
         "by form.implicit_strength",
     ),
     (SDE | {"reward_weights": [1.0, 2.0]}, "2 weights for 1"),

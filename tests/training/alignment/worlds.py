@@ -21,6 +21,7 @@ OPEN: dict[str, Any] = {
     "trust.clip": 0.1,
     "trust.gate": 0.1,
     "trust.gate_rewards": ["other"],
+    "rollout.data": "groups.jsonl",
 }
 """Values for what presets leave open."""
 

@@ -1,6 +1,7 @@
 """The pipeline that a checkpoint names as its backbone: loading it, and telling whether a loaded pipeline is it."""
 
 import importlib
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,22 @@ def denoiser_of(pipe: DiffusionPipeline) -> Any:
     """The pipeline's denoiser (a diffusers model), below `torch.compile` if it was compiled."""
     module = next(iter(denoisers_of(pipe).values()))
     return getattr(module, "_orig_mod", module)
+
+
+def has_adapter(denoiser: nn.Module) -> bool:
+    """Whether a denoiser has LoRA layers, whatever their strength is."""
+    return any("lora_" in name for name, _ in denoiser.named_parameters())
+
+
+def with_bare_denoiser(pipe: DiffusionPipeline, name: str) -> DiffusionPipeline:
+    """A pipeline of the modules of another, but for the denoiser, which is loaded anew from the backbone `name`."""
+    part, denoiser = next(iter(denoisers_of(pipe))), denoiser_of(pipe)
+    fresh = type(denoiser).from_pretrained(model_location(name), subfolder=part, torch_dtype=denoiser.dtype)
+    cls: Any = next(c for c in type(pipe).__mro__ if c.__module__.startswith("diffusers."))
+    taken = inspect.signature(cls.__init__).parameters
+    parts = {key: module for key, module in pipe.components.items() if key in taken}
+    settings = {key: value for key, value in pipe.config.items() if key in taken and key not in parts}
+    return cls(**parts | settings | {part: fresh.to(pipe.device).eval()})
 
 
 def is_backbone(pipe: Any, name: str) -> bool:

@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-from rsm_guidance.shapes.packaged import drm_path, model_path
+from rsm_guidance.shapes.packaged import drm_path, lora_path, model_path
 from rsm_guidance.shapes.render import render, render_spec
 from rsm_guidance.shapes.scenes import CATEGORIES, Caption, SceneSpec, caption_set, parse_caption, random_caption
 from rsm_guidance.shapes.verify import Verdict, verify
@@ -23,6 +23,7 @@ __all__ = [
     "Verdict",
     "caption_set",
     "drm_path",
+    "lora_path",
     "model_path",
     "parse_caption",
     "random_caption",

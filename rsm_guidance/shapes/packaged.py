@@ -29,6 +29,7 @@ MODEL = PackagedModel(
     "rsm_guidance.shapes.model",
 )
 DRM = _WEIGHTS / "drm"
+LORA = _WEIGHTS / "lora"
 
 
 def model_path() -> str:
@@ -39,3 +40,8 @@ def model_path() -> str:
 def drm_path() -> str:
     """Folder of the packaged diffusion reward model of the shapes world."""
     return str(DRM)
+
+
+def lora_path() -> str:
+    """Folder of a LoRA of the packaged model, fine-tuned by its verifier for calls without guidance (`pipe.load_lora_weights`)."""
+    return str(LORA)

@@ -27,6 +27,8 @@ def test_wheel_carries_everything_and_runs_elsewhere(tmp_path: Path) -> None:
         "rsm_guidance/pipelines/shims/stable_diffusion_3/pipeline.py",
         "rsm_guidance/shapes/weights/model/model_index.json",
         "rsm_guidance/shapes/weights/drm/model.safetensors",
+        "rsm_guidance/shapes/weights/lora/pytorch_lora_weights.safetensors",
+        "rsm_guidance/training/alignment/presets/diffusion-nft.yaml",
     ):
         assert needed in names
     assert not [n for n in names if n.startswith("tests/")]

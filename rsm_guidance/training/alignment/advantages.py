@@ -54,9 +54,9 @@ def group_by(*keys: Tensor) -> Tensor:
 
 def group_mean(values: Tensor, groups: Tensor) -> Tensor:
     """The mean [R] of each row's group, for values [R] and dense group numbers [R]."""
-    count = int(groups.max()) + 1 if len(groups) else 0
-    sums = torch.zeros(count, dtype=values.dtype).index_add(0, groups, values)
-    sizes = torch.zeros(count, dtype=values.dtype).index_add(0, groups, torch.ones_like(values))
+    groups = groups.to(values.device)
+    nothing = values.new_zeros(int(groups.max()) + 1 if len(groups) else 0)
+    sums, sizes = (nothing.index_add(0, groups, of) for of in (values, torch.ones_like(values)))
     return (sums / sizes)[groups]
 
 

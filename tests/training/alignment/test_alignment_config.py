@@ -1,9 +1,10 @@
 """Configurations: presets read and come back, and what has no meaning is refused with its reason."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import yaml
 
 from rsm_guidance.core.errors import UsageError
 from rsm_guidance.io.config import build_config
-from rsm_guidance.training.alignment.config import AlignConfig
+from rsm_guidance.training.alignment import settings
+from rsm_guidance.training.alignment.config import AlignConfig, CallConfig
 from rsm_guidance.training.alignment.read import merge, preset, presets, read_align
 from tests.training.alignment.worlds import chosen, nested
 
@@ -166,3 +168,16 @@ def test_reads_without_torch() -> None:
 def test_old_policies_follow_by_their_schedule() -> None:
     old = read_align(name="diffusion-nft").old
     assert [old.decay(s) for s in (0, 100, 500, 9000)] == [0, 0.1, 0.5, 0.5]
+
+
+def test_every_setting_is_read_by_some_code() -> None:
+    folder = Path(settings.__file__).parent
+    text = "\n".join(p.read_text() for p in folder.rglob("*.py") if p.name not in ("rules.py",))
+    parts = [AlignConfig, *(type(v) for v in vars(AlignConfig()).values() if is_dataclass(v))]
+    unread = [
+        f"{part.__name__}.{f.name}"
+        for part in parts
+        for f in fields(part)
+        if part is not CallConfig and f.name != "reward_sign" and not re.search(rf"\.{f.name}\b", text)
+    ]
+    assert not unread, "CallConfig is handed on whole; the sign is a promise, that `value_ratio` checks"

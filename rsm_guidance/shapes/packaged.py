@@ -43,5 +43,5 @@ def drm_path() -> str:
 
 
 def lora_path() -> str:
-    """Folder of a LoRA of the packaged model, fine-tuned by its verifier for calls without guidance (`pipe.load_lora_weights`)."""
+    """Folder of a LoRA of the packaged model, fine-tuned by its verifier (`pipe.load_lora_weights`), at guidance scales of 1 to 2."""
     return str(LORA)

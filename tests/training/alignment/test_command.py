@@ -55,7 +55,7 @@ def test_dry_runs_and_lists(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0 and json.loads(out)["method.paper"].startswith("DiffusionNFT"), "the default method"
     code, out, _ = said(capsys, "--preset=flow-grpo", "--trust.clip", "2e-4", "--dry-run")
     assert json.loads(out)["trust.clip"] == 2e-4 and json.loads(out)["rollout.transition"] == "flow_sde 0.7"
-    for path in sorted((ROOT / "configs").glob("*align*.yaml")):
+    for path in sorted((ROOT / "configs").glob("*_align_*.yaml")):
         code, out, _ = said(capsys, "--config", str(path), "--dry-run")
         assert code == 0 and json.loads(out)["gradient_checkpointing"]
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.alignment.finetuned import shown as finetuned_table
 from benchmarks.branching import Branching, branching_figures, branching_table, run_branching
 from benchmarks.exactness import Exactness, discretisation, exactness_table, run_exactness
 from benchmarks.guidance import Guidance, guidance_table, run_guidance
@@ -119,6 +120,12 @@ TABLES = {
 def test_committed_results_make_their_tables(name: str, table: Callable[[dict[str, Any]], str]) -> None:
     result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
     assert table(result).startswith("| ")
+
+
+def test_the_page_of_alignment_has_the_committed_figures() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "finetuned.json").read_text())
+    page = (ROOT / "docs" / "alignment.md").read_text()
+    assert all(line in page for line in finetuned_table(result).splitlines() if "---" not in line)
 
 
 def test_cps_keeps_no_marginals_however_many_levels(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ class ReplayedDenoiser:
         prompts: of the recorded rows.
         generators: of the rows' initial latents, where none are given.
         at_once: latents per forward pass; fewer where memory runs out.
+        precision: of torch's autocast around forward passes, as a training has it; None for none.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class ReplayedDenoiser:
         prompts: list[str],
         generators: Sequence[torch.Generator],
         at_once: int = sys.maxsize,
+        precision: torch.dtype | None = None,
     ) -> None:
         if replay.levels is None or not len(prompts) == len(generators) == replay.count:
             raise UsageError(
@@ -40,7 +42,7 @@ class ReplayedDenoiser:
         self.replay, self.prompts = replay, prompts
         self.checkpointing = False
         self._levels, self._stock, self._generators = replay.levels, stock, generators
-        self._fitting = MicroBatch(at_once)
+        self._fitting, self._precision = MicroBatch(at_once), precision
 
     @property
     def evaluations(self) -> float:
@@ -75,7 +77,8 @@ class ReplayedDenoiser:
         """Denoise x [R, ...] at a level 0..N-1; see `core.contracts.Denoiser`."""
         rows = torch.arange(len(self.prompts)) if rows is None else rows
         levels = torch.full((len(x),), level)
-        parts = self._fitting(lambda piece: self.replay.denoise(x[piece], levels[piece], rows[piece]), len(x))
+        with torch.autocast(x.device.type, self._precision, enabled=self._precision is not None):
+            parts = self._fitting(lambda piece: self.replay.denoise(x[piece], levels[piece], rows[piece]), len(x))
         return Prediction.joined(parts)
 
     def follow(

@@ -22,13 +22,16 @@ class Conditions:
         pipe: the pipeline.
         call: arguments of its call besides the prompt.
         prompt: any one, for the call that makes initial latents and decodes.
+        precision: of torch's autocast, in which updates are computed, so that ratios are 1 on policy; None for none.
 
     Raises:
         NotReplayable: when first asked, if the pipeline does something that a recording would miss.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, call: Mapping[str, Any], prompt: str) -> None:
-        self._pipe, self._call = pipe, dict(call)
+    def __init__(
+        self, pipe: DiffusionPipeline, call: Mapping[str, Any], prompt: str, precision: torch.dtype | None = None
+    ) -> None:
+        self._pipe, self._call, self._precision = pipe, dict(call), precision
         self.stock = self._denoiser([prompt])
         self._recorded: dict[str, Replay] = {}
         self._bytes = 0
@@ -50,7 +53,7 @@ class Conditions:
         self, replay: Replay, prompts: Sequence[str], generators: Sequence[torch.Generator], at_once: int
     ) -> ReplayedDenoiser:
         """The denoiser of recorded prompts; initial latents come from the generators."""
-        return ReplayedDenoiser(replay, self.stock, list(prompts), generators, at_once)
+        return ReplayedDenoiser(replay, self.stock, list(prompts), generators, at_once, self._precision)
 
     def close(self) -> None:
         """Abandon the paused call."""

@@ -144,7 +144,8 @@ def build(
     policy = build_policy(config, pipe)
     rollout, evaluation = config.rollout, config.evaluation
     call = call_of(pipe, config, rollout.steps, rollout.guidance)
-    conditions = Conditions(pipe, call, prompts.prompts[0])
+    precision = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+    conditions = Conditions(pipe, call, prompts.prompts[0], precision)
     schedule = conditions.stock.schedule
     require_levels(config, schedule)
     share = Share(state.process_index, state.num_processes)

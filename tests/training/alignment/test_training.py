@@ -131,6 +131,15 @@ def test_losses_do_not_depend_on_micro_batches(family: Family, tmp_path: Path) -
         run.conditions.close()
 
 
+def test_samples_are_made_in_the_precision_of_updates(family: Family, tmp_path: Path) -> None:
+    """Else ratios are not 1 on policy, and clips of 1e-4 cut at random."""
+    for settings in ({"precision": "bf16"}, {"precision": "bf16", "dtype": "bfloat16"}):
+        config = small("flow-grpo", family("sd3"), tmp_path / settings.get("dtype", "") / "run", **settings)
+        train_align(replace(config, optimizer=replace(config.optimizer, lr=1e-12), epochs=1))
+        first = next(line for line in log(config.out) if "log_ratio" in line)
+        assert abs(first["log_ratio"]) < 1e-6 and first["divergence"] < 1e-6, settings
+
+
 def test_the_hold_to_the_reference_changes_gradients(family: Family, tmp_path: Path) -> None:
     found = []
     for weight in (1.0e-4, 10.0):

@@ -118,7 +118,7 @@ def fit(
 
     Raises:
         KeyboardInterrupt: on Ctrl-C or SIGTERM, after the step is finished and saved; a second Ctrl-C does not wait.
-        FloatingPointError: if a loss or gradient is not finite; that step is not taken, and the state before it is saved.
+        FloatingPointError: if a loss or gradient is not finite; that step is not taken.
         ValueError: if `folder` holds the state of something else.
     """
     accelerator = _accelerator(config, folder)
@@ -168,7 +168,7 @@ def _kept_on_failure(folder: Path, state: TrainState, config: LoopConfig) -> Ite
     """
     try:
         yield
-    except (ValueError, FloatingPointError, OSError) as error:
+    except (ValueError, OSError) as error:
         saved = latest(folder) is not None and state.step % config.save_every == 0
         if state.accelerator.num_processes == 1 and state.step and not saved and not _disk_full(error):
             save_state(folder, state, config.keep, config.settings)

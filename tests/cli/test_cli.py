@@ -210,7 +210,8 @@ def test_config_file_is_overridden_by_options(tmp_path: Path, capsys: pytest.Cap
 
 def test_the_committed_configurations_are_some() -> None:
     for config in (Path(__file__).parents[2] / "configs").glob("*.yaml"):
-        command = "shapes-reward" if "packaged" in config.name else "reward"
+        aligns = config.read_text(encoding="utf-8").find("\npreset:") > 0
+        command = "align" if aligns else "shapes-reward" if "packaged" in config.name else "reward"
         assert parse(["train", command, "--config", str(config), "--out", "x"]).settings.out == Path("x")
 
 

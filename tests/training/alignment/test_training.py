@@ -194,7 +194,7 @@ def test_a_policy_that_runs_away_is_stopped(family: Family, tmp_path: Path) -> N
     config = small("flow-grpo", family("sd3"), tmp_path / "run", updates_per_epoch=2, optimizer={"lr": 5.0})
     with pytest.raises(FloatingPointError, match=r"beyond trust.limit=1: lower optimizer.lr"):
         train_align(config)
-    assert list(config.out.glob("checkpoint-*"))
+    assert all(line["loss"] < 1e6 for line in log(config.out) if "loss" in line), "that update was not taken"
 
 
 def test_training_stops_when_the_gold_reward_has_long_been_better(family: Family, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ case "${1:-}" in
     samplers+=",smc:temperature=0.1:$best,reward-gradient"
     samplers+=",reward-gradient:push=noise:strength=0.4,tree-search,noise-search:mode=paths,backtracking,lidar,noise-search"
     samplers+=",noise-search:transition=cps 0.9,demon,tree-sampling:temperature=0.1:transition=cps 0.9,psi:temperature=0.1:$best,noise-optimization"
-    samplers+=",best-of-n:transition=cps 0.9:accept=2,tree-search:batch=1:accept=2"
+    # of 192 samples of training captions .73 score above 0.5, and .965 of these are right (.80 of all)
+    samplers+=",best-of-n:transition=cps 0.9:accept=0.5,tree-search:batch=1:accept=0.5"
     judges=(--guide shapes-drm --monitor shapes-correct,shapes-verifier) ;;
   verifier)
     samplers="none:transition=cps 0.9,best-of-n:transition=cps 0.9,stepwise,funnel,tree-search,fk-steering:temperature=0.1:$best"
